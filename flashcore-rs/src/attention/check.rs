@@ -1,0 +1,331 @@
+//! Is the call well-formed? Every refusal names the argument, what was given and what is accepted.
+
+use super::plan::Addresses;
+use super::problem::{Band, CausalAlign, MaskLayout, Problem};
+use super::{AttentionOptions, Window};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::{Device, Layout, TensorView, TensorViewMut};
+
+/// The largest head_dim that kernels exist for.
+pub(crate) const MAX_HEAD_DIM: usize = 256;
+/// Row numbers and band offsets are added in 32 bits.
+const MAX_SEQ_LEN: usize = 1 << 30;
+
+/// A call that has passed every check.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Checked {
+    pub(crate) problem: Problem,
+    pub(crate) addresses: Addresses,
+    pub(crate) device: Device,
+}
+
+/// The tensors of a call.
+pub(crate) struct Operands<'a> {
+    pub(crate) query: &'a TensorView<'a>,
+    pub(crate) key: &'a TensorView<'a>,
+    pub(crate) value: &'a TensorView<'a>,
+    pub(crate) attn_mask: Option<&'a TensorView<'a>>,
+}
+
+impl Checked {
+    /// Checks a call against its output.
+    pub(crate) fn new(
+        operands: &Operands<'_>,
+        options: &AttentionOptions,
+        out: &TensorViewMut<'_>,
+        lse: Option<&TensorViewMut<'_>>,
+    ) -> Result<Self> {
+        let problem = problem(operands, options, out.layout(), lse.is_some())?;
+        let device = operands.query.device();
+        same_device("out", out.device(), device)?;
+        let addresses = Addresses {
+            q: operands.query.address(),
+            k: operands.key.address(),
+            v: operands.value.address(),
+            out: out.address(),
+            lse: lse.map_or(0, TensorViewMut::address),
+            attn_mask: operands.attn_mask.map_or(0, TensorView::address),
+        };
+        check_pointers(operands, out, lse)?;
+        if let Some(lse) = lse {
+            same_device("lse", lse.device(), device)?;
+            check_lse(&problem, lse.layout())?;
+        }
+        check_overlap(operands, out, lse)?;
+        Ok(Self { problem, addresses, device })
+    }
+}
+
+/// The problem that a call poses.
+pub(crate) fn problem(operands: &Operands<'_>, options: &AttentionOptions, out: &Layout, lse: bool) -> Result<Problem> {
+    let (q, k, v) = (operands.query.layout(), operands.key.layout(), operands.value.layout());
+    check_dtypes(q, k, v, out)?;
+    check_shapes(q, k, v, out)?;
+    let device = operands.query.device();
+    same_device("key", operands.key.device(), device)?;
+    same_device("value", operands.value.device(), device)?;
+    let scale = check_scale(options.scale, q.shape[3])?;
+    let attn_mask = match operands.attn_mask {
+        None => None,
+        Some(mask) => {
+            same_device("attn_mask", mask.device(), device)?;
+            Some(check_mask(mask.layout(), q, k)?)
+        }
+    };
+    Ok(Problem {
+        dtype: q.dtype,
+        batch: q.shape[0],
+        num_heads_q: q.shape[1],
+        num_heads_kv: k.shape[1],
+        seq_len_q: q.shape[2],
+        seq_len_k: k.shape[2],
+        head_dim_qk: q.shape[3],
+        head_dim_v: v.shape[3],
+        q_strides: normalise("query", q)?,
+        k_strides: normalise("key", k)?,
+        v_strides: normalise("value", v)?,
+        out_strides: normalise("out", out)?,
+        attn_mask,
+        band: band(options, q.shape[2], k.shape[2]),
+        scale_bits: scale.to_bits(),
+        lse,
+    })
+}
+
+fn check_dtypes(q: &Layout, k: &Layout, v: &Layout, out: &Layout) -> Result<()> {
+    if q.dtype == DType::Bool {
+        return Err(Error::invalid("query", "dtype bool", "f16, bf16, f32 or f64 (f16 or bf16 on a GPU)"));
+    }
+    for (name, layout) in [("key", k), ("value", v), ("out", out)] {
+        if layout.dtype != q.dtype {
+            let accepted = format!("the query's dtype, {}", q.dtype);
+            return Err(Error::invalid(name, format!("dtype {}", layout.dtype), accepted));
+        }
+    }
+    Ok(())
+}
+
+fn check_shapes(q: &Layout, k: &Layout, v: &Layout, out: &Layout) -> Result<()> {
+    let [batch, heads_q, seq_q, dim_qk] = q.shape;
+    let [_, heads_kv, seq_k, _] = k.shape;
+    let expect = |name: &'static str, shape: [usize; 4], wanted: [usize; 4], why: &str| {
+        if shape == wanted {
+            return Ok(());
+        }
+        Err(Error::invalid(name, format!("shape {shape:?}"), format!("shape {wanted:?} ({why})")))
+    };
+    expect("key", k.shape, [batch, heads_kv, seq_k, dim_qk], "batch and head_dim of the query")?;
+    expect("value", v.shape, [batch, heads_kv, seq_k, v.shape[3]], "batch, heads and seq of the key")?;
+    if heads_q != 0 && (heads_kv == 0 || heads_q % heads_kv != 0) {
+        return Err(Error::invalid(
+            "key",
+            format!("{heads_kv} heads for {heads_q} query heads"),
+            "a number of heads that divides the query's",
+        ));
+    }
+    for (name, dim) in [("query", dim_qk), ("value", v.shape[3])] {
+        if dim > MAX_HEAD_DIM {
+            return Err(Error::invalid(name, format!("head_dim {dim}"), format!("head_dim 0 to {MAX_HEAD_DIM}")));
+        }
+    }
+    for (name, seq) in [("query", seq_q), ("key", seq_k)] {
+        if seq > MAX_SEQ_LEN {
+            return Err(Error::invalid(name, format!("seq {seq}"), format!("seq 0 to {MAX_SEQ_LEN}")));
+        }
+    }
+    expect("out", out.shape, [batch, heads_q, seq_q, v.shape[3]], "query's batch, heads and seq, value's head_dim")
+}
+
+fn check_scale(scale: Option<f32>, head_dim: usize) -> Result<f32> {
+    let scale = scale.unwrap_or_else(|| 1.0 / (head_dim.max(1) as f32).sqrt());
+    if !scale.is_finite() {
+        return Err(Error::invalid("scale", scale, "a finite number"));
+    }
+    Ok(scale)
+}
+
+fn check_mask(mask: &Layout, q: &Layout, k: &Layout) -> Result<MaskLayout> {
+    if !matches!(mask.dtype, DType::Bool | DType::F32) && mask.dtype != q.dtype {
+        let accepted = format!("bool, f32 or the query's dtype, {}", q.dtype);
+        return Err(Error::invalid("attn_mask", format!("dtype {}", mask.dtype), accepted));
+    }
+    let full = [q.shape[0], q.shape[1], q.shape[2], k.shape[2]];
+    let mut strides = mask.strides;
+    for dim in 0..4 {
+        if mask.shape[dim] == 1 || full[dim] <= 1 {
+            strides[dim] = 0;
+        }
+        if mask.shape[dim] != full[dim] && mask.shape[dim] != 1 {
+            let accepted = format!("a shape that broadcasts to {full:?}");
+            return Err(Error::invalid("attn_mask", format!("shape {:?}", mask.shape), accepted));
+        }
+    }
+    Ok(MaskLayout { dtype: mask.dtype, strides })
+}
+
+/// Checks the last dimension, and gives dimensions of size 1 (or 0), whose stride means nothing, the stride that a
+/// padded contiguous tensor would have, so that it breaks no alignment and splits no cached plan.
+fn normalise(argument: &'static str, layout: &Layout) -> Result<[i64; 4]> {
+    let mut strides = layout.strides;
+    if layout.shape[3] <= 1 {
+        strides[3] = 1;
+    }
+    if strides[3] != 1 && !layout.is_empty() {
+        return Err(Error::invalid(
+            argument,
+            format!("strides {:?}", layout.strides),
+            "a contiguous last dimension (stride 1); call .contiguous() first",
+        ));
+    }
+    strides[3] = 1;
+    let mut inner = layout.shape[3].max(1).next_multiple_of(8) as i64;
+    for dim in (0..3).rev() {
+        if layout.shape[dim] <= 1 || layout.is_empty() {
+            strides[dim] = inner;
+        }
+        inner = inner.max(strides[dim].saturating_mul(layout.shape[dim].max(1) as i64));
+        inner = inner.saturating_add(7) & !7;
+    }
+    Ok(strides)
+}
+
+fn check_lse(problem: &Problem, lse: &Layout) -> Result<()> {
+    let shape = [problem.batch, problem.num_heads_q, problem.seq_len_q, 1];
+    let wanted = Layout::contiguous("lse", DType::F32, &shape)?;
+    let same_strides = (0..4).all(|d| shape[d] <= 1 || lse.strides[d] == wanted.strides[d]);
+    if lse.dtype == DType::F32 && lse.shape == shape && (same_strides || lse.is_empty()) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "lse",
+        format!("{} {:?} with strides {:?}", lse.dtype, lse.shape, lse.strides),
+        format!("f32 {shape:?}, contiguous"),
+    ))
+}
+
+fn same_device(argument: &'static str, given: Device, wanted: Device) -> Result<()> {
+    if given == wanted {
+        return Ok(());
+    }
+    Err(Error::invalid(argument, format!("a tensor on {given}"), format!("the query's device, {wanted}")))
+}
+
+/// Addresses must be aligned to their element, and null only where there is nothing.
+fn check_pointers(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&TensorViewMut<'_>>) -> Result<()> {
+    let inputs = [
+        ("query", Some(operands.query)),
+        ("key", Some(operands.key)),
+        ("value", Some(operands.value)),
+        ("attn_mask", operands.attn_mask),
+    ];
+    let inputs = inputs.iter().filter_map(|(name, view)| view.map(|v| (*name, v.address(), *v.layout())));
+    let outputs = [("out", Some(out)), ("lse", lse)];
+    let outputs = outputs.iter().filter_map(|(name, view)| view.map(|v| (*name, v.address(), *v.layout())));
+    for (name, address, layout) in inputs.chain(outputs) {
+        let size = layout.dtype.size() as u64;
+        if !layout.is_empty() && (address == 0 || address % size != 0) {
+            return Err(Error::invalid(
+                name,
+                format!("address {address:#x}"),
+                format!("a non-null address that is a multiple of {size}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Outputs must not share memory with anything, by the bytes between their first and last element.
+fn check_overlap(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&TensorViewMut<'_>>) -> Result<()> {
+    let span = |address: u64, layout: &Layout| {
+        address..address.saturating_add((layout.extent() as u64).saturating_mul(layout.dtype.size() as u64))
+    };
+    let overlap = |a: &std::ops::Range<u64>, b: &std::ops::Range<u64>| a.start < b.end && b.start < a.end;
+    let out_span = span(out.address(), out.layout());
+    if out.layout().may_self_overlap() {
+        return Err(Error::invalid(
+            "out",
+            format!("shape {:?} with strides {:?}", out.layout().shape, out.layout().strides),
+            "a tensor whose elements do not share memory",
+        ));
+    }
+    let lse_span = lse.map(|lse| span(lse.address(), lse.layout()));
+    let inputs = [
+        ("query", Some(operands.query)),
+        ("key", Some(operands.key)),
+        ("value", Some(operands.value)),
+        ("attn_mask", operands.attn_mask),
+    ];
+    for (name, view) in inputs {
+        let Some(view) = view else { continue };
+        let input = span(view.address(), view.layout());
+        if overlap(&input, &out_span) {
+            return Err(Error::invalid("out", format!("memory shared with {name}"), "memory of its own"));
+        }
+        if lse_span.as_ref().is_some_and(|lse| overlap(&input, lse)) {
+            return Err(Error::invalid("lse", format!("memory shared with {name}"), "memory of its own"));
+        }
+    }
+    if lse_span.is_some_and(|lse| overlap(&out_span, &lse)) {
+        return Err(Error::invalid("lse", "memory shared with out", "memory of its own"));
+    }
+    Ok(())
+}
+
+/// The band of causal and window, clamped so that `row + offset` stays within 32 bits.
+fn band(options: &AttentionOptions, seq_q: usize, seq_k: usize) -> Option<Band> {
+    let Window { left, right } = options.window.unwrap_or_default();
+    if !options.causal && left.is_none() && right.is_none() {
+        return None;
+    }
+    let (seq_q, seq_k) = (seq_q as i64, seq_k as i64);
+    let diagonal = match options.causal_align {
+        CausalAlign::TopLeft => 0,
+        CausalAlign::BottomRight => seq_k - seq_q,
+    };
+    let right = if options.causal { Some(0) } else { right };
+    let lo = left.map_or(-seq_q, |left| diagonal - i64::from(left));
+    let hi = right.map_or(seq_k, |right| diagonal + i64::from(right));
+    let (lo, hi) = (lo.clamp(-seq_q, seq_k), hi.clamp(-seq_q - 1, seq_k));
+    if lo <= 1 - seq_q && hi >= seq_k - 1 {
+        return None;
+    }
+    Some(Band { lo: lo as i32, hi: hi as i32 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(causal: bool, align: CausalAlign, window: Option<(Option<u32>, Option<u32>)>) -> AttentionOptions {
+        let window = window.map(|(left, right)| Window { left, right });
+        AttentionOptions { causal, causal_align: align, window, scale: None }
+    }
+
+    #[test]
+    fn causal_bands_follow_the_diagonal() {
+        let top = band(&options(true, CausalAlign::TopLeft, None), 5, 7);
+        assert_eq!(top, Some(Band { lo: -5, hi: 0 }));
+        let bottom = band(&options(true, CausalAlign::BottomRight, None), 5, 7);
+        assert_eq!(bottom, Some(Band { lo: -5, hi: 2 }));
+    }
+
+    #[test]
+    fn a_window_that_covers_everything_is_dense() {
+        assert_eq!(band(&options(false, CausalAlign::TopLeft, Some((Some(4), Some(6)))), 5, 7), None);
+        assert!(band(&options(false, CausalAlign::TopLeft, Some((Some(3), Some(6)))), 5, 7).is_some());
+        assert_eq!(band(&options(true, CausalAlign::BottomRight, None), 1, 9), None);
+    }
+
+    #[test]
+    fn huge_windows_do_not_overflow() {
+        let band = band(&options(true, CausalAlign::TopLeft, Some((Some(u32::MAX), None))), 1 << 30, 1 << 30);
+        assert_eq!(band, Some(Band { lo: -(1 << 30), hi: 0 }));
+    }
+
+    #[test]
+    fn strides_of_single_dimensions_are_normalised() {
+        let layout = Layout::new("query", DType::F16, &[1, 3, 1, 40], &[7, 40, 3, 1]).expect("a layout");
+        assert_eq!(normalise("query", &layout), Ok([120, 40, 40, 1]));
+    }
+}

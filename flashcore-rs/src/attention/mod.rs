@@ -1,0 +1,129 @@
+//! The attention operation: what is asked, whether it is well-formed, which kernel answers it, and how it is launched.
+
+pub(crate) mod check;
+pub(crate) mod plan;
+mod problem;
+mod select;
+
+pub use self::plan::Plan;
+pub use self::problem::{Band, CausalAlign, MaskLayout, Problem};
+pub use self::select::{Explanation, Rejection};
+use crate::device::Stream;
+use crate::error::Result;
+use crate::runtime::Runtime;
+use crate::tensor::{TensorView, TensorViewMut};
+
+pub(crate) use self::check::Checked;
+pub(crate) use self::select::{BaseAlign, explain, select};
+
+/// How far a query looks, in keys, either side of its diagonal; `None` is unbounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Window {
+    /// Keys before the diagonal.
+    pub left: Option<u32>,
+    /// Keys after the diagonal.
+    pub right: Option<u32>,
+}
+
+/// Everything about a call but its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttentionOptions {
+    /// Query `i` sees no key after its diagonal.
+    pub causal: bool,
+    /// Where the diagonal is when the sequence lengths differ.
+    pub causal_align: CausalAlign,
+    /// A sliding window around the diagonal.
+    pub window: Option<Window>,
+    /// Softmax scale; `None` is `1 / sqrt(head_dim_qk)`.
+    pub scale: Option<f32>,
+}
+
+/// One attention call being put together: `out = softmax(scale * query key^T + mask) value`.
+///
+/// Tensors are `(batch, heads, seq, head_dim)` views with any batch, head and seq strides; the last dimension is
+/// contiguous. Made by [`Runtime::attention`].
+#[derive(Debug)]
+#[must_use = "nothing happens until `run`"]
+pub struct Attention<'a> {
+    pub(crate) runtime: &'a Runtime,
+    pub(crate) query: TensorView<'a>,
+    pub(crate) key: TensorView<'a>,
+    pub(crate) value: TensorView<'a>,
+    pub(crate) attn_mask: Option<TensorView<'a>>,
+    pub(crate) options: AttentionOptions,
+    pub(crate) stream: Option<&'a Stream>,
+}
+
+impl<'a> Attention<'a> {
+    /// Hides keys after the diagonal.
+    pub fn causal(mut self, causal: bool) -> Self {
+        self.options.causal = causal;
+        self
+    }
+
+    /// Chooses the diagonal that causal and windows refer to.
+    pub fn causal_align(mut self, align: CausalAlign) -> Self {
+        self.options.causal_align = align;
+        self
+    }
+
+    /// Limits how far a query looks either side of its diagonal.
+    pub fn window(mut self, window: Window) -> Self {
+        self.options.window = Some(window);
+        self
+    }
+
+    /// Sets the softmax scale; any finite value, 0 and negative ones included.
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.options.scale = Some(scale);
+        self
+    }
+
+    /// Adds a mask, `(batch or 1, num_heads_q or 1, seq_len_q or 1, seq_len_k or 1)`: bool (non-zero = visible), or
+    /// additive in the query's type or f32.
+    pub fn attn_mask(mut self, mask: TensorView<'a>) -> Self {
+        self.attn_mask = Some(mask);
+        self
+    }
+
+    /// Queues the work on this stream instead of the runtime's own.
+    pub fn on(mut self, stream: &'a Stream) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+
+    /// Replaces all options at once.
+    pub fn options(mut self, options: AttentionOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Queues the attention, writing `out` (`(batch, num_heads_q, seq_len_q, head_dim_v)`).
+    ///
+    /// On a device this returns once the work is queued; on the CPU, once it is done.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a malformed call,
+    /// [`Error::Unsupported`](crate::Error::Unsupported) when no kernel answers it, or a driver failure. Nothing is
+    /// written on a refusal.
+    pub fn run(self, out: &mut TensorViewMut<'_>) -> Result<()> {
+        self.runtime.run(&self, out, None)
+    }
+
+    /// As [`Attention::run`], and writes the log-sum-exp of each row: f32, `(batch, num_heads_q, seq_len_q, 1)`,
+    /// contiguous, natural logarithm, -inf for rows that see no key.
+    ///
+    /// # Errors
+    /// As [`Attention::run`].
+    pub fn run_with_lse(self, out: &mut TensorViewMut<'_>, lse: &mut TensorViewMut<'_>) -> Result<()> {
+        self.runtime.run(&self, out, Some(lse))
+    }
+
+    /// Says which kernel would run for a contiguous output, and why not each of the others. Launches nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a malformed call.
+    pub fn explain(self) -> Result<Explanation> {
+        self.runtime.explain(&self)
+    }
+}

@@ -1,0 +1,48 @@
+//! Devices, streams, buffers and graphs: asynchrony that safe code cannot misuse.
+//!
+//! One rule makes it sound. A buffer has a *home* stream: it is allocated and freed there. Work on another stream that
+//! touches the buffer first waits for the home stream, and afterwards the home stream waits for that work. So the home
+//! stream is always ordered after every use, a free on it comes after all of them, and a host read through it sees
+//! them. Concurrent readers on different streams are serialised by this rule; give them copies, or foreign views
+//! ([`crate::TensorView::from_raw`]) and order them yourself, where that matters.
+
+mod buffer;
+mod graph;
+mod stream;
+
+use std::sync::Arc;
+
+pub use self::buffer::DeviceBuffer;
+pub(crate) use self::buffer::{BufferInner, enqueue};
+pub use self::graph::Graph;
+pub use self::stream::{Event, Stream};
+use crate::driver::{ContextHandle, DeviceInfo, Driver};
+use crate::error::Result;
+
+/// A device's primary context and the driver it belongs to.
+pub(crate) struct DeviceContext {
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) handle: ContextHandle,
+    pub(crate) info: DeviceInfo,
+}
+
+impl DeviceContext {
+    pub(crate) fn new(driver: Arc<dyn Driver>, ordinal: u32) -> Result<Arc<Self>> {
+        let info = driver.device_info(ordinal)?;
+        let handle = driver.retain_context(ordinal)?;
+        Ok(Arc::new(Self { driver, handle, info }))
+    }
+}
+
+impl std::fmt::Debug for DeviceContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("DeviceContext").field(&self.info).finish()
+    }
+}
+
+/// Logs a failure where there is nobody to return it to.
+pub(crate) fn log_drop_error(what: &str, result: Result<()>) {
+    if let Err(error) = result {
+        log::error!("while releasing {what}: {error}");
+    }
+}

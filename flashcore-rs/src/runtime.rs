@@ -1,0 +1,468 @@
+//! A device, its verified bundle, the modules loaded from it, and the plans made so far.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::attention::check::Operands;
+use crate::attention::{Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, select};
+use crate::bundle::manifest::{Launch, Param, Variant};
+use crate::bundle::{Bundle, Manifest};
+use crate::cpu;
+use crate::device::{BufferInner, DeviceContext, Stream, enqueue};
+use crate::driver::{DeviceInfo, Driver, FunctionHandle, StreamHandle};
+use crate::error::{BundleError, Error, Result};
+use crate::tensor::{Device, HostMut, Layout, StorageMut, TensorView, TensorViewMut};
+
+/// Plans are small; a workload with more geometries than this re-plans some of them.
+const MAX_PLANS: usize = 4096;
+
+/// Where attention runs: one CUDA device, or the CPU backend. Cheap to share: `Send`, `Sync`, and clones are the same
+/// runtime.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    backend: Backend,
+}
+
+#[derive(Clone, Debug)]
+enum Backend {
+    Cpu,
+    Device(Arc<DeviceRuntime>),
+}
+
+#[derive(Debug)]
+struct DeviceRuntime {
+    context: Arc<DeviceContext>,
+    bundle: Bundle,
+    stream: Stream,
+    functions: Mutex<HashMap<String, Arc<[FunctionHandle]>>>,
+    plans: RwLock<HashMap<(Problem, BaseAlign), Arc<Plan>>>,
+}
+
+/// How to make a [`Runtime`] that differs from the default.
+#[derive(Default)]
+pub struct RuntimeBuilder {
+    ordinal: u32,
+    arch: Option<String>,
+    bundle: Option<Vec<u8>>,
+    driver: Option<Arc<dyn Driver>>,
+}
+
+impl RuntimeBuilder {
+    /// The device's ordinal; 0 unless said otherwise.
+    pub fn ordinal(mut self, ordinal: u32) -> Self {
+        self.ordinal = ordinal;
+        self
+    }
+
+    /// Takes the embedded bundle of this architecture (`sm_80`, `compute_80`, ...) instead of the best for the device.
+    pub fn arch(mut self, arch: impl Into<String>) -> Self {
+        self.arch = Some(arch.into());
+        self
+    }
+
+    /// Takes this bundle instead of an embedded one.
+    pub fn bundle(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.bundle = Some(bytes.into());
+        self
+    }
+
+    pub(crate) fn driver(mut self, driver: Arc<dyn Driver>) -> Self {
+        self.driver = Some(driver);
+        self
+    }
+
+    /// Opens the device, and verifies the bundle.
+    ///
+    /// # Errors
+    /// [`Error::DriverNotFound`], [`Error::DriverTooOld`], [`Error::NoDevice`], [`Error::NoBundle`],
+    /// [`Error::Bundle`], or a driver failure.
+    pub fn build(self) -> Result<Runtime> {
+        let driver = match self.driver {
+            Some(driver) => driver,
+            None => installed_driver()?,
+        };
+        let context = DeviceContext::new(driver, self.ordinal)?;
+        let bytes = match (&self.bundle, &self.arch) {
+            (Some(bytes), _) => bytes.as_slice(),
+            (None, Some(arch)) => embedded_by_name(arch, &context.info)?,
+            (None, None) => embedded_for(&context.info)?,
+        };
+        let bundle = Bundle::parse(bytes)?;
+        if !arch_runs_on(&bundle.manifest().arch, context.info.compute_capability) {
+            let (major, minor) = context.info.compute_capability;
+            return Err(BundleError::ForeignArch {
+                bundle: bundle.manifest().arch.clone(),
+                device: format!("{} (compute capability {major}.{minor})", context.info.name),
+            }
+            .into());
+        }
+        let stream = Stream::create(context.clone())?;
+        let runtime = DeviceRuntime { context, bundle, stream, functions: Mutex::default(), plans: RwLock::default() };
+        Ok(Runtime { backend: Backend::Device(Arc::new(runtime)) })
+    }
+}
+
+impl Runtime {
+    /// A runtime on a CUDA device.
+    ///
+    /// # Errors
+    /// As [`RuntimeBuilder::build`].
+    pub fn cuda(ordinal: u32) -> Result<Self> {
+        Self::builder().ordinal(ordinal).build()
+    }
+
+    /// The CPU backend.
+    pub const fn cpu() -> Self {
+        Self { backend: Backend::Cpu }
+    }
+
+    /// CUDA device 0 if there is a usable one, else the CPU backend; says which, and why, in the log.
+    pub fn auto() -> Self {
+        Self::cuda(0).unwrap_or_else(|error| {
+            log::warn!("using the CPU backend: {error}");
+            Self::cpu()
+        })
+    }
+
+    /// For a device that is not ordinal 0, or another bundle.
+    pub fn builder() -> RuntimeBuilder {
+        RuntimeBuilder::default()
+    }
+
+    /// Where tensors must be.
+    pub fn device(&self) -> Device {
+        match &self.backend {
+            Backend::Cpu => Device::Cpu,
+            Backend::Device(device) => Device::Cuda(device.context.info.ordinal),
+        }
+    }
+
+    /// Facts about the device; `None` for the CPU backend.
+    pub fn device_info(&self) -> Option<&DeviceInfo> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Device(device) => Some(&device.context.info),
+        }
+    }
+
+    /// The manifest of the kernels in use; `None` for the CPU backend.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Device(device) => Some(device.bundle.manifest()),
+        }
+    }
+
+    /// The runtime's own stream, on which work is queued unless another one is named.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for the CPU backend, which has no streams.
+    pub fn stream(&self) -> Result<&Stream> {
+        Ok(&self.device_runtime()?.stream)
+    }
+
+    /// A new stream.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for the CPU backend; a driver failure.
+    pub fn new_stream(&self) -> Result<Stream> {
+        Stream::create(self.device_runtime()?.context.clone())
+    }
+
+    /// A stream that another library made (`CUstream` as a number; 0 is the legacy default stream). It is not destroyed
+    /// here.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for the CPU backend.
+    ///
+    /// # Safety
+    /// The stream belongs to this runtime's device's primary context and outlives every clone of the returned value
+    /// and every buffer whose home it is.
+    #[expect(unsafe_code, reason = "a handle that only the caller can vouch for")]
+    pub unsafe fn foreign_stream(&self, raw: u64) -> Result<Stream> {
+        Ok(Stream::wrap(self.device_runtime()?.context.clone(), StreamHandle(raw), false))
+    }
+
+    /// Starts an attention call; see [`Attention`].
+    pub fn attention<'a>(
+        &'a self,
+        query: &TensorView<'a>,
+        key: &TensorView<'a>,
+        value: &TensorView<'a>,
+    ) -> Attention<'a> {
+        Attention {
+            runtime: self,
+            query: *query,
+            key: *key,
+            value: *value,
+            attn_mask: None,
+            options: AttentionOptions::default(),
+            stream: None,
+        }
+    }
+
+    /// The plan for a problem whose tensors are aligned to 256 bytes, made now if there is none yet. Loads its module,
+    /// so that no later call with the same geometry does.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]; [`Error::InvalidArgument`] for the CPU backend; a driver failure.
+    pub fn plan(&self, problem: &Problem) -> Result<Arc<Plan>> {
+        self.device_runtime()?.plan(problem, BaseAlign::MAX)
+    }
+
+    pub(crate) fn run(
+        &self,
+        call: &Attention<'_>,
+        out: &mut TensorViewMut<'_>,
+        lse: Option<&mut TensorViewMut<'_>>,
+    ) -> Result<()> {
+        let checked = Checked::new(&call.operands(), &call.options, out, lse.as_deref())?;
+        if checked.device != self.device() {
+            let given = format!("a tensor on {}", checked.device);
+            return Err(Error::invalid("query", given, format!("the runtime's device, {}", self.device())));
+        }
+        match &self.backend {
+            Backend::Cpu => run_on_cpu(&checked.problem, call, out, lse),
+            Backend::Device(device) => device.run(&checked, call, out, lse.as_deref()),
+        }
+    }
+
+    pub(crate) fn explain(&self, call: &Attention<'_>) -> Result<Explanation> {
+        let [batch, heads, seq, _] = call.query.layout().shape;
+        let shape = [batch, heads, seq, call.value.layout().shape[3]];
+        let out = Layout::contiguous("out", call.query.layout().dtype, &shape)?;
+        let problem = crate::attention::check::problem(&call.operands(), &call.options, &out, false)?;
+        let align = BaseAlign::of([call.query.address(), call.key.address(), call.value.address(), 0]);
+        Ok(match &self.backend {
+            Backend::Device(device) => explain(device.bundle.manifest(), &problem, align),
+            Backend::Cpu => Explanation {
+                request: problem.to_string(),
+                arch: "cpu".into(),
+                chosen: Some("attention_forward.cpu".into()),
+                rejected: Vec::new(),
+            },
+        })
+    }
+
+    fn device_runtime(&self) -> Result<&Arc<DeviceRuntime>> {
+        match &self.backend {
+            Backend::Device(device) => Ok(device),
+            Backend::Cpu => Err(Error::invalid("runtime", "the CPU backend", "a runtime on a CUDA device")),
+        }
+    }
+}
+
+impl<'a> Attention<'a> {
+    fn operands(&self) -> Operands<'_> {
+        Operands { query: &self.query, key: &self.key, value: &self.value, attn_mask: self.attn_mask.as_ref() }
+    }
+
+    /// The owned buffers among the inputs.
+    fn owners(&self) -> impl Iterator<Item = &'a Arc<BufferInner>> {
+        [Some(self.query), Some(self.key), Some(self.value), self.attn_mask]
+            .into_iter()
+            .flatten()
+            .filter_map(|view| view.owner())
+            .map(|buffer| buffer.inner())
+    }
+}
+
+impl DeviceRuntime {
+    fn run(
+        &self,
+        checked: &Checked,
+        call: &Attention<'_>,
+        out: &TensorViewMut<'_>,
+        lse: Option<&TensorViewMut<'_>>,
+    ) -> Result<()> {
+        let stream = call.stream.unwrap_or(&self.stream);
+        if stream.ordinal() != self.context.info.ordinal {
+            let given = format!("a stream of cuda:{}", stream.ordinal());
+            return Err(Error::invalid("stream", given, format!("a stream of cuda:{}", self.context.info.ordinal)));
+        }
+        let a = &checked.addresses;
+        let plan = self.plan(&checked.problem, BaseAlign::of([a.q, a.k, a.v, a.out]))?;
+        if checked.problem.is_empty() {
+            return Ok(());
+        }
+        let outputs = [out.owner(), lse.and_then(TensorViewMut::owner)];
+        let mut buffers: Vec<&Arc<BufferInner>> = call.owners().collect();
+        buffers.extend(outputs.iter().flatten().map(|buffer| buffer.inner()));
+        log::debug!("{} runs {}", checked.problem, plan.variant());
+        enqueue(stream, &mut buffers, || plan.launch(&self.context, stream.handle(), a))
+    }
+
+    fn plan(&self, problem: &Problem, align: BaseAlign) -> Result<Arc<Plan>> {
+        let key = (*problem, align);
+        if let Some(plan) = self.plans.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(plan.clone());
+        }
+        let variant = select(self.bundle.manifest(), problem, align).map_err(Error::Unsupported)?;
+        let functions = self.functions(variant)?;
+        let plan = Arc::new(Plan::new(variant, &functions, *problem, self.context.info.sm_count)?);
+        let mut plans = self.plans.write().unwrap_or_else(PoisonError::into_inner);
+        if plans.len() >= MAX_PLANS {
+            plans.clear();
+        }
+        plans.insert(key, plan.clone());
+        Ok(plan)
+    }
+
+    /// The kernels of a variant, loaded on first use.
+    fn functions(&self, variant: &Variant) -> Result<Arc<[FunctionHandle]>> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = functions.get(&variant.name) {
+            return Ok(loaded.clone());
+        }
+        let loaded: Arc<[FunctionHandle]> =
+            variant.launches.iter().map(|launch| self.load(variant, launch)).collect::<Result<_>>()?;
+        functions.insert(variant.name.clone(), loaded.clone());
+        Ok(loaded)
+    }
+
+    fn load(&self, variant: &Variant, launch: &Launch) -> Result<FunctionHandle> {
+        let context = &self.context;
+        let code = self.bundle.member(&launch.code).unwrap_or_default();
+        let module = context.driver.load_module(context.handle, code)?;
+        let function = context.driver.function(context.handle, module, &launch.kernel, launch.shared_bytes)?;
+        check_abi(context, function, variant, launch)?;
+        Ok(function)
+    }
+}
+
+/// Compares the manifest's parameter list with what the driver read from the code.
+fn check_abi(context: &DeviceContext, function: FunctionHandle, variant: &Variant, launch: &Launch) -> Result<()> {
+    let abi = |detail: String| Error::from(BundleError::Abi { variant: variant.name.clone(), detail });
+    if context.driver.param_info(function, 0)?.is_none() && !launch.params.is_empty() {
+        log::debug!("the driver does not report parameters; {} is not cross-checked", variant.name);
+        return Ok(());
+    }
+    for (index, param) in launch.params.iter().enumerate() {
+        let expected = match param {
+            Param::I32 { .. } | Param::F32 { .. } => 4,
+            Param::Ptr { .. } | Param::I64 { .. } | Param::Scratch { .. } => 8,
+            Param::TensorMap { .. } => 128,
+        };
+        match context.driver.param_info(function, index)? {
+            Some((_, size)) if size == expected => {}
+            Some((_, size)) => {
+                return Err(abi(format!("parameter {index} has {size} bytes, the manifest says {expected}")));
+            }
+            None => {
+                let have = launch.params.len();
+                return Err(abi(format!("the code has {index} parameters, the manifest {have}")));
+            }
+        }
+    }
+    match context.driver.param_info(function, launch.params.len())? {
+        None => Ok(()),
+        Some(_) => Err(abi(format!("the code has more than the manifest's {} parameters", launch.params.len()))),
+    }
+}
+
+fn run_on_cpu(
+    problem: &Problem,
+    call: &Attention<'_>,
+    out: &mut TensorViewMut<'_>,
+    lse: Option<&mut TensorViewMut<'_>>,
+) -> Result<()> {
+    // The devices were compared in the checks, so every view is a host view.
+    let (Some(query), Some(key), Some(value)) = (call.query.host(), call.key.host(), call.value.host()) else {
+        return Ok(());
+    };
+    let StorageMut::Host(out) = &mut out.storage else { return Ok(()) };
+    let lse = match lse.map(|lse| &mut lse.storage) {
+        Some(StorageMut::Host(HostMut::F32(lse))) => Some(&mut **lse),
+        _ => None,
+    };
+    let inputs = cpu::HostInputs { query, key, value, attn_mask: call.attn_mask.and_then(|mask| mask.host()) };
+    cpu::attention(problem, inputs, out.reborrow(), lse);
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn installed_driver() -> Result<Arc<dyn Driver>> {
+    static DRIVER: std::sync::OnceLock<Result<Arc<crate::driver::cuda::CudaDriver>>> = std::sync::OnceLock::new();
+    let driver = DRIVER.get_or_init(|| crate::driver::cuda::CudaDriver::load().map(Arc::new));
+    driver.clone().map(|driver| driver as Arc<dyn Driver>)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn installed_driver() -> Result<Arc<dyn Driver>> {
+    Err(Error::DriverNotFound { detail: "this build has no `cuda` feature".into() })
+}
+
+#[cfg(feature = "cuda")]
+fn embedded() -> &'static [(&'static str, &'static [u8])] {
+    crate::bundle::embedded()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn embedded() -> &'static [(&'static str, &'static [u8])] {
+    &[]
+}
+
+fn embedded_by_name(arch: &str, info: &DeviceInfo) -> Result<&'static [u8]> {
+    embedded().iter().find(|(name, _)| *name == arch).map(|(_, bytes)| *bytes).ok_or_else(|| no_bundle(info))
+}
+
+/// The best embedded bundle for a device: machine code for its very architecture, then for an older minor revision of
+/// the same major one, then PTX.
+fn embedded_for(info: &DeviceInfo) -> Result<&'static [u8]> {
+    embedded()
+        .iter()
+        .filter(|(arch, _)| arch_runs_on(arch, info.compute_capability))
+        .max_by_key(|(arch, _)| parse_arch(arch).map(|a| (!a.ptx, a.exact, a.capability)))
+        .map(|(_, bytes)| *bytes)
+        .ok_or_else(|| no_bundle(info))
+}
+
+fn no_bundle(info: &DeviceInfo) -> Error {
+    let (major, minor) = info.compute_capability;
+    let present: Vec<_> = embedded().iter().map(|(arch, _)| *arch).collect();
+    Error::NoBundle { device: info.name.clone(), major, minor, present: present.join(", ") }
+}
+
+struct Arch {
+    ptx: bool,
+    /// `sm_90a`: this compute capability and no other.
+    exact: bool,
+    capability: (u32, u32),
+}
+
+fn parse_arch(arch: &str) -> Option<Arch> {
+    let (ptx, rest) = match arch.strip_prefix("compute_") {
+        Some(rest) => (true, rest),
+        None => (false, arch.strip_prefix("sm_")?),
+    };
+    let digits = rest.trim_end_matches('a');
+    let number: u32 = digits.parse().ok()?;
+    Some(Arch { ptx, exact: digits.len() < rest.len(), capability: (number / 10, number % 10) })
+}
+
+/// Whether code for `arch` runs on a device of this compute capability.
+fn arch_runs_on(arch: &str, device: (u32, u32)) -> bool {
+    let Some(Arch { ptx, exact, capability }) = parse_arch(arch) else { return false };
+    match (exact, ptx) {
+        (true, _) => capability == device,
+        (false, true) => capability <= device,
+        (false, false) => capability.0 == device.0 && capability.1 <= device.1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::arch_runs_on;
+
+    #[test]
+    fn code_runs_where_cuda_says_it_does() {
+        assert!(arch_runs_on("sm_90a", (9, 0)));
+        assert!(!arch_runs_on("sm_90a", (10, 0)));
+        assert!(arch_runs_on("sm_86", (8, 9)));
+        assert!(!arch_runs_on("sm_86", (8, 0)));
+        assert!(!arch_runs_on("sm_120a", (12, 1)));
+        assert!(arch_runs_on("compute_80", (12, 1)));
+        assert!(!arch_runs_on("compute_80", (7, 5)));
+        assert!(!arch_runs_on("gfx90a", (9, 0)));
+    }
+}

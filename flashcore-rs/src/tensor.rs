@@ -1,0 +1,500 @@
+//! Views of tensors: shape, strides, element type and device, over memory that somebody else owns.
+
+use crate::device::DeviceBuffer;
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+
+/// Where a tensor's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// Host memory.
+    Cpu,
+    /// The CUDA device with this ordinal.
+    Cuda(u32),
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// Shape and strides of a `(batch, heads, seq, head_dim)` tensor, in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    /// Element type.
+    pub dtype: DType,
+    /// `(batch, heads, seq, head_dim)`.
+    pub shape: [usize; 4],
+    /// Distance in elements between neighbours along each dimension; never negative.
+    pub strides: [i64; 4],
+}
+
+impl Layout {
+    /// A layout from slices.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when the rank is not 4, a stride is negative, or an offset inside the tensor does not
+    /// fit 64 bits.
+    pub fn new(argument: &'static str, dtype: DType, shape: &[usize], strides: &[i64]) -> Result<Self> {
+        let (Ok(shape), Ok(strides)) = (<[usize; 4]>::try_from(shape), <[i64; 4]>::try_from(strides)) else {
+            return Err(Error::invalid(
+                argument,
+                format!("shape {shape:?} with {} strides", strides.len()),
+                "4 dimensions: (batch, heads, seq, head_dim)",
+            ));
+        };
+        if strides.iter().any(|&s| s < 0) {
+            return Err(Error::invalid(argument, format!("strides {strides:?}"), "strides >= 0"));
+        }
+        let layout = Self { dtype, shape, strides };
+        match layout.checked_extent() {
+            Some(_) => Ok(layout),
+            None => Err(Error::invalid(
+                argument,
+                format!("shape {shape:?} with strides {strides:?}"),
+                "sizes below 2^31 and a total extent below 2^63 bytes",
+            )),
+        }
+    }
+
+    /// The row-major layout of a shape.
+    ///
+    /// # Errors
+    /// As [`Layout::new`].
+    pub fn contiguous(argument: &'static str, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let mut strides = vec![1i64; shape.len()];
+        for i in (1..shape.len()).rev() {
+            let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
+            strides[i - 1] = strides[i].saturating_mul(size);
+        }
+        Self::new(argument, dtype, shape, &strides)
+    }
+
+    /// Number of elements; the true count, without the overlap of zero strides.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether any dimension is 0.
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Elements from the first to one past the last that the view touches; 0 when it is empty.
+    pub fn extent(&self) -> usize {
+        self.checked_extent().unwrap_or(usize::MAX)
+    }
+
+    fn checked_extent(&self) -> Option<usize> {
+        if self.shape.iter().any(|&size| size > i32::MAX as usize) {
+            return None;
+        }
+        if self.is_empty() {
+            return Some(0);
+        }
+        let mut last = 0i64;
+        for (&size, &stride) in self.shape.iter().zip(&self.strides) {
+            last = last.checked_add(stride.checked_mul(i64::try_from(size - 1).ok()?)?)?;
+        }
+        let extent = last.checked_add(1)?;
+        extent.checked_mul(self.dtype.size() as i64)?;
+        usize::try_from(extent).ok()
+    }
+
+    /// Whether two index tuples can name the same element. Sorted by stride, each dimension must step over everything
+    /// inside it; that is sufficient, and every ordinary view satisfies it.
+    pub(crate) fn may_self_overlap(&self) -> bool {
+        let mut dims: Vec<(i64, usize)> =
+            self.strides.iter().copied().zip(self.shape).filter(|&(_, size)| size > 1).collect();
+        dims.sort_unstable();
+        let mut inner = 1i64;
+        for (stride, size) in dims {
+            if stride < inner {
+                return true;
+            }
+            inner = stride.saturating_mul(size as i64);
+        }
+        false
+    }
+}
+
+macro_rules! host_storage {
+    ($($variant:ident: $ty:ty),* $(,)?) => {
+        /// Host memory by element type.
+        #[derive(Clone, Copy, Debug)]
+        pub(crate) enum HostRef<'a> { $($variant(&'a [$ty])),* }
+
+        /// Host memory by element type, writable.
+        #[derive(Debug)]
+        pub(crate) enum HostMut<'a> { $($variant(&'a mut [$ty])),* }
+
+        impl HostRef<'_> {
+            fn address(&self) -> u64 {
+                match self { $(Self::$variant(s) => s.as_ptr().addr() as u64),* }
+            }
+        }
+
+        impl HostMut<'_> {
+            /// The same memory for a shorter time.
+            pub(crate) fn reborrow(&mut self) -> HostMut<'_> {
+                match self { $(Self::$variant(s) => HostMut::$variant(s)),* }
+            }
+
+            fn address(&self) -> u64 {
+                match self { $(Self::$variant(s) => s.as_ptr().addr() as u64),* }
+            }
+        }
+
+        $(impl HostElement for $ty {
+            fn wrap(slice: &[Self]) -> HostRef<'_> { HostRef::$variant(slice) }
+            fn wrap_mut(slice: &mut [Self]) -> HostMut<'_> { HostMut::$variant(slice) }
+        })*
+    };
+}
+
+/// An [`Element`] that host views can hold.
+pub(crate) trait HostElement: Element {
+    fn wrap(slice: &[Self]) -> HostRef<'_>;
+    fn wrap_mut(slice: &mut [Self]) -> HostMut<'_>;
+}
+
+host_storage!(F16: half::f16, BF16: half::bf16, F32: f32, F64: f64, Bool: u8);
+
+/// Memory behind a read-only view.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Storage<'a> {
+    Host(HostRef<'a>),
+    /// `owner` is `None` for foreign memory, whose ordering is the caller's contract.
+    Device {
+        address: u64,
+        ordinal: u32,
+        owner: Option<&'a DeviceBuffer>,
+    },
+}
+
+/// Memory behind a writable view.
+#[derive(Debug)]
+pub(crate) enum StorageMut<'a> {
+    Host(HostMut<'a>),
+    Device { address: u64, ordinal: u32, owner: Option<&'a DeviceBuffer> },
+}
+
+/// A read-only view of a `(batch, heads, seq, head_dim)` tensor with any strides.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    pub(crate) layout: Layout,
+    pub(crate) storage: Storage<'a>,
+}
+
+/// A writable view of a `(batch, heads, seq, head_dim)` tensor with any strides.
+#[derive(Debug)]
+pub struct TensorViewMut<'a> {
+    pub(crate) layout: Layout,
+    pub(crate) storage: StorageMut<'a>,
+}
+
+#[expect(private_bounds, reason = "the element types are sealed")]
+impl<'a> TensorView<'a> {
+    /// A contiguous view of host memory.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when the shape is not rank 4 or needs more elements than `data` has.
+    pub fn from_slice<T: HostElement>(data: &'a [T], shape: &[usize]) -> Result<Self> {
+        let layout = Layout::contiguous("tensor", T::DTYPE, shape)?;
+        Self::from_slice_strided(data, shape, &layout.strides)
+    }
+
+    /// A strided view of host memory; strides in elements.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_slice`], and when a stride is negative.
+    pub fn from_slice_strided<T: HostElement>(data: &'a [T], shape: &[usize], strides: &[i64]) -> Result<Self> {
+        let layout = Layout::new("tensor", T::DTYPE, shape, strides)?;
+        check_fits(&layout, data.len())?;
+        Ok(Self { layout, storage: Storage::Host(T::wrap(data)) })
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// A contiguous view of a device buffer.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when the shape is not rank 4 or needs more bytes than the buffer has.
+    pub fn from_buffer(buffer: &'a DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let layout = Layout::contiguous("tensor", dtype, shape)?;
+        Self::from_buffer_strided(buffer, dtype, shape, &layout.strides, 0)
+    }
+
+    /// A strided view of a device buffer that starts `offset` elements in.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_buffer`], and when a stride is negative.
+    pub fn from_buffer_strided(
+        buffer: &'a DeviceBuffer,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[i64],
+        offset: usize,
+    ) -> Result<Self> {
+        let layout = Layout::new("tensor", dtype, shape, strides)?;
+        let address = address_in(buffer, &layout, offset)?;
+        let storage = Storage::Device { address, ordinal: buffer.ordinal(), owner: Some(buffer) };
+        Ok(Self { layout, storage })
+    }
+
+    /// A view of memory that FlashCore does not own.
+    ///
+    /// # Errors
+    /// As [`Layout::new`].
+    ///
+    /// # Safety
+    /// For the life of the view and until every operation that was given it has finished on its stream: `address`
+    /// is valid for reads of `layout.extent()` elements on `device`, is aligned to the element size, and nothing
+    /// writes there except in stream order before or after those operations. Host memory must be initialised and must
+    /// not be written at all during `'a`.
+    #[expect(unsafe_code, reason = "the one door for foreign memory")]
+    pub unsafe fn from_raw(
+        device: Device,
+        address: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[i64],
+    ) -> Result<Self> {
+        let layout = Layout::new("tensor", dtype, shape, strides)?;
+        let storage = match device {
+            Device::Cuda(ordinal) => Storage::Device { address, ordinal, owner: None },
+            // SAFETY: the caller promises `extent` readable, initialised, aligned elements at `address` for `'a`,
+            // not written meanwhile; an empty extent gets a dangling but aligned pointer inside `host_ref`.
+            Device::Cpu => Storage::Host(unsafe { raw::host_ref(address, &layout) }),
+        };
+        Ok(Self { layout, storage })
+    }
+
+    /// Shape, strides and element type.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Where the memory is.
+    pub fn device(&self) -> Device {
+        match self.storage {
+            Storage::Host(_) => Device::Cpu,
+            Storage::Device { ordinal, .. } => Device::Cuda(ordinal),
+        }
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        match &self.storage {
+            Storage::Host(host) => host.address(),
+            Storage::Device { address, .. } => *address,
+        }
+    }
+
+    pub(crate) fn host(&self) -> Option<HostRef<'a>> {
+        match self.storage {
+            Storage::Host(host) => Some(host),
+            Storage::Device { .. } => None,
+        }
+    }
+
+    pub(crate) fn owner(&self) -> Option<&'a DeviceBuffer> {
+        match self.storage {
+            Storage::Device { owner, .. } => owner,
+            Storage::Host(_) => None,
+        }
+    }
+}
+
+#[expect(private_bounds, reason = "the element types are sealed")]
+impl<'a> TensorViewMut<'a> {
+    /// A contiguous, writable view of host memory.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_slice`].
+    pub fn from_slice<T: HostElement>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        let layout = Layout::contiguous("out", T::DTYPE, shape)?;
+        Self::from_slice_strided(data, shape, &layout.strides)
+    }
+
+    /// A strided, writable view of host memory; strides in elements.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_slice_strided`].
+    pub fn from_slice_strided<T: HostElement>(data: &'a mut [T], shape: &[usize], strides: &[i64]) -> Result<Self> {
+        let layout = Layout::new("out", T::DTYPE, shape, strides)?;
+        check_fits(&layout, data.len())?;
+        Ok(Self { layout, storage: StorageMut::Host(T::wrap_mut(data)) })
+    }
+}
+
+impl<'a> TensorViewMut<'a> {
+    /// A contiguous, writable view of a device buffer.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_buffer`].
+    pub fn from_buffer(buffer: &'a mut DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let layout = Layout::contiguous("out", dtype, shape)?;
+        Self::from_buffer_strided(buffer, dtype, shape, &layout.strides, 0)
+    }
+
+    /// A strided, writable view of a device buffer that starts `offset` elements in.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_buffer_strided`].
+    pub fn from_buffer_strided(
+        buffer: &'a mut DeviceBuffer,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[i64],
+        offset: usize,
+    ) -> Result<Self> {
+        let layout = Layout::new("out", dtype, shape, strides)?;
+        let address = address_in(buffer, &layout, offset)?;
+        let storage = StorageMut::Device { address, ordinal: buffer.ordinal(), owner: Some(buffer) };
+        Ok(Self { layout, storage })
+    }
+
+    /// A writable view of memory that FlashCore does not own.
+    ///
+    /// # Errors
+    /// As [`Layout::new`].
+    ///
+    /// # Safety
+    /// As [`TensorView::from_raw`], for reads and writes, and nothing else may access the memory in between: on the
+    /// host during `'a`, on a device except in stream order before or after the operations that were given the view.
+    #[expect(unsafe_code, reason = "the one door for foreign memory")]
+    pub unsafe fn from_raw(
+        device: Device,
+        address: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[i64],
+    ) -> Result<Self> {
+        let layout = Layout::new("out", dtype, shape, strides)?;
+        let storage = match device {
+            Device::Cuda(ordinal) => StorageMut::Device { address, ordinal, owner: None },
+            // SAFETY: the caller promises `extent` writable, initialised, aligned elements at `address` that nothing
+            // else accesses during `'a`.
+            Device::Cpu => StorageMut::Host(unsafe { raw::host_mut(address, &layout) }),
+        };
+        Ok(Self { layout, storage })
+    }
+
+    /// Shape, strides and element type.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Where the memory is.
+    pub fn device(&self) -> Device {
+        match self.storage {
+            StorageMut::Host(_) => Device::Cpu,
+            StorageMut::Device { ordinal, .. } => Device::Cuda(ordinal),
+        }
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        match &self.storage {
+            StorageMut::Host(host) => host.address(),
+            StorageMut::Device { address, .. } => *address,
+        }
+    }
+
+    pub(crate) fn owner(&self) -> Option<&'a DeviceBuffer> {
+        match self.storage {
+            StorageMut::Device { owner, .. } => owner,
+            StorageMut::Host(_) => None,
+        }
+    }
+}
+
+fn check_fits(layout: &Layout, len: usize) -> Result<()> {
+    if layout.extent() <= len {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "tensor",
+        format!("shape {:?}, strides {:?} over {len} elements", layout.shape, layout.strides),
+        format!("memory of at least {} elements", layout.extent()),
+    ))
+}
+
+fn address_in(buffer: &DeviceBuffer, layout: &Layout, offset: usize) -> Result<u64> {
+    let size = layout.dtype.size();
+    let needed = layout.extent().checked_add(offset).and_then(|n| n.checked_mul(size));
+    match needed {
+        Some(needed) if needed <= buffer.len() => Ok(buffer.address() + (offset * size) as u64),
+        _ => Err(Error::invalid(
+            "tensor",
+            format!(
+                "shape {:?}, strides {:?} of {} from element {offset} over a buffer of {} bytes",
+                layout.shape,
+                layout.strides,
+                layout.dtype,
+                buffer.len()
+            ),
+            "a view inside the buffer",
+        )),
+    }
+}
+
+/// Slices from raw parts, for `from_raw` alone.
+#[expect(unsafe_code, reason = "the one door for foreign memory")]
+mod raw {
+    use std::ptr::{NonNull, with_exposed_provenance, with_exposed_provenance_mut};
+
+    use super::{HostElement, HostMut, HostRef, Layout};
+    use crate::dtype::DType;
+
+    /// # Safety
+    /// `address` is valid for reads of `layout.extent()` initialised, aligned elements that nothing writes during `'a`.
+    pub(super) unsafe fn host_ref<'a>(address: u64, layout: &Layout) -> HostRef<'a> {
+        // SAFETY: forwarded from the caller, for the type that `layout.dtype` names.
+        unsafe {
+            match layout.dtype {
+                DType::F16 => slice::<half::f16>(address, layout),
+                DType::BF16 => slice::<half::bf16>(address, layout),
+                DType::F32 => slice::<f32>(address, layout),
+                DType::F64 => slice::<f64>(address, layout),
+                DType::Bool => slice::<u8>(address, layout),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`host_ref`], for writes too, and nothing else accesses the memory during `'a`.
+    pub(super) unsafe fn host_mut<'a>(address: u64, layout: &Layout) -> HostMut<'a> {
+        // SAFETY: forwarded from the caller, for the type that `layout.dtype` names.
+        unsafe {
+            match layout.dtype {
+                DType::F16 => slice_mut::<half::f16>(address, layout),
+                DType::BF16 => slice_mut::<half::bf16>(address, layout),
+                DType::F32 => slice_mut::<f32>(address, layout),
+                DType::F64 => slice_mut::<f64>(address, layout),
+                DType::Bool => slice_mut::<u8>(address, layout),
+            }
+        }
+    }
+
+    unsafe fn slice<'a, T: HostElement>(address: u64, layout: &Layout) -> HostRef<'a> {
+        let ptr = match layout.extent() {
+            0 => NonNull::<T>::dangling().as_ptr().cast_const(),
+            _ => with_exposed_provenance::<T>(address as usize),
+        };
+        // SAFETY: `extent` elements are readable at `ptr` (the caller's promise), or there are none and it dangles.
+        T::wrap(unsafe { std::slice::from_raw_parts(ptr, layout.extent()) })
+    }
+
+    unsafe fn slice_mut<'a, T: HostElement>(address: u64, layout: &Layout) -> HostMut<'a> {
+        let ptr = match layout.extent() {
+            0 => NonNull::dangling().as_ptr(),
+            _ => with_exposed_provenance_mut::<T>(address as usize),
+        };
+        // SAFETY: `extent` elements are ours alone at `ptr` (the caller's promise), or there are none and it dangles.
+        T::wrap_mut(unsafe { std::slice::from_raw_parts_mut(ptr, layout.extent()) })
+    }
+}

@@ -1,0 +1,1 @@
+"""Build-time Python of FlashCore: kernel sources, the matrix of variants, and the ahead-of-time compiler."""

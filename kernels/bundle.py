@@ -1,0 +1,110 @@
+"""The bundle container: one file per architecture, a manifest and the machine code it describes (`docs/bundle.md`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import zstandard
+
+MAGIC = b"FCBUNDLE"
+VERSION = 1
+SCHEMA = "flashcore.bundle/1"
+ALIGN = 16
+MAX_RAW = 256 << 20
+_HEAD = struct.Struct("<8sII")
+_SECTION = struct.Struct("<QQ32s")
+
+
+class BundleError(Exception):
+    """A file that is not a sound bundle."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its manifest, and the code section that the manifest's offsets point into."""
+
+    manifest: dict[str, Any]
+    code: bytes
+
+    def member(self, launch: dict[str, Any]) -> bytes:
+        place = launch["code"]
+        return self.code[place["offset"] : place["offset"] + place["len"]]
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        return {variant["name"]: variant for variant in self.manifest["variants"]}
+
+
+def pack(arch: str, compiler: dict[str, str], variants: Iterable[tuple[dict[str, Any], list[bytes]]]) -> bytes:
+    """Serialise variants, each with the code of its launches; similar ones should come one after the other."""
+    code = bytearray()
+    entries = []
+    for variant, members in variants:
+        launches = []
+        for launch, member in zip(variant["launches"], members, strict=True):
+            place = launch["code"]
+            placed = {"kind": place["kind"], "offset": len(code), "len": len(member), "sha256": place["sha256"]}
+            launches.append(launch | {"code": placed})
+            code += member + bytes(-len(member) % ALIGN)
+        entries.append(variant | {"launches": launches})
+    manifest = {"schema": SCHEMA, "arch": arch, "compiler": compiler, "variants": entries}
+    return _serialise(json.dumps(manifest, separators=(",", ":")).encode(), bytes(code))
+
+
+def _serialise(*sections: bytes) -> bytes:
+    compressor = zstandard.ZstdCompressor(level=19)
+    frames = [compressor.compress(raw) for raw in sections]
+    headers = [
+        _SECTION.pack(len(frame), len(raw), hashlib.sha256(raw).digest())
+        for frame, raw in zip(frames, sections, strict=True)
+    ]
+    return b"".join([_HEAD.pack(MAGIC, VERSION, 0), *headers, *frames])
+
+
+def unpack(data: bytes) -> Bundle:
+    """Parse and verify a bundle, down to the hash of every member."""
+    if len(data) < _HEAD.size + 2 * _SECTION.size:
+        raise BundleError("truncated header")
+    magic, version, reserved = _HEAD.unpack_from(data)
+    if magic != MAGIC or version != VERSION or reserved != 0:
+        raise BundleError("not a version 1 bundle")
+    headers = [_SECTION.unpack_from(data, _HEAD.size + i * _SECTION.size) for i in range(2)]
+    start = _HEAD.size + 2 * _SECTION.size
+    if len(data) != start + sum(header[0] for header in headers):
+        raise BundleError("the file's length is not its sections'")
+    raw = []
+    for compressed_len, raw_len, digest in headers:
+        raw.append(_decompress(data[start : start + compressed_len], raw_len, digest))
+        start += compressed_len
+    bundle = Bundle(json.loads(raw[0]), raw[1])
+    _verify(bundle)
+    return bundle
+
+
+def _decompress(frame: bytes, raw_len: int, digest: bytes) -> bytes:
+    if raw_len > MAX_RAW:
+        raise BundleError("a section is larger than 256 MiB")
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=raw_len, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise BundleError(f"zstd: {error}") from error
+    if len(raw) != raw_len or hashlib.sha256(raw).digest() != digest:
+        raise BundleError("a section's bytes are not what its header says")
+    return raw
+
+
+def _verify(bundle: Bundle) -> None:
+    if bundle.manifest["schema"] != SCHEMA:
+        raise BundleError(f"unknown schema {bundle.manifest['schema']}")
+    for variant in bundle.manifest["variants"]:
+        for launch in variant["launches"]:
+            member = bundle.member(launch)
+            place = launch["code"]
+            if place["offset"] % ALIGN or len(member) != place["len"]:
+                raise BundleError(f"{variant['name']}: its code lies outside the code section")
+            if hashlib.sha256(member).hexdigest() != place["sha256"]:
+                raise BundleError(f"{variant['name']}: its code is not what the manifest says")
