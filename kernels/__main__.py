@@ -3,87 +3,246 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kernels import bundle, compile, specs
+from kernels.bundle import Bundle
+from kernels.compile import Member
+from kernels.specs import Spec
 
-BUNDLE_DIR = Path(__file__).resolve().parent.parent / "flashcore-rs" / "bundle"
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE_DIR = "flashcore-rs/bundle"
+SAMPLE = 3  # unchanged variants per architecture that `check` rebuilds anyway
 
 
-def _path(arch: str) -> Path:
-    return BUNDLE_DIR / f"{arch}.fcb"
+def bundle_path(arch: str) -> Path:
+    return ROOT / BUNDLE_DIR / f"{arch}.fcb"
 
 
-def _read(arch: str) -> bundle.Bundle | None:
-    path = _path(arch)
+def read(arch: str) -> Bundle | None:
+    path = bundle_path(arch)
     return bundle.unpack(path.read_bytes()) if path.exists() else None
 
 
-def build(args: argparse.Namespace) -> int:
-    wanted = [spec for arch in args.arch for spec in specs.specs(arch) if args.only in (None, spec.family)]
+def committed_members(spec: Spec, committed: Bundle | None) -> list[Member] | None:
+    """The members a bundle already holds for a spec, if they were made from what the spec says now."""
+    variant = committed.variants().get(spec.name) if committed else None
+    if committed is None or variant is None:
+        return None
+    compilers = compile.compiler_versions()
+    hashes = [compile.source_hash(spec, launch, compilers) for launch in spec.launches]
+    if hashes != [launch["source_sha256"] for launch in variant["launches"]]:
+        return None
+    return [Member(committed.member(launch), _without_offset(launch)) for launch in variant["launches"]]
+
+
+def _without_offset(launch: dict[str, Any]) -> dict[str, Any]:
+    return launch | {"code": {key: value for key, value in launch["code"].items() if key != "offset"}}
+
+
+def compile_with_progress(wanted: list[Spec], jobs: int) -> tuple[dict[tuple[str, str], list[Member]], list[str]]:
+    """Members by (arch, name), and a line for each variant that failed."""
     started = time.monotonic()
-    built: dict[tuple[str, str], list[compile.Member]] = {}
-    failed = []
-    for spec, result in compile.compile_all(wanted, args.jobs):
+    built: dict[tuple[str, str], list[Member]] = {}
+    failures = []
+    for done, (spec, result) in enumerate(compile.compile_all(wanted, jobs), 1):
         if isinstance(result, str):
-            failed.append(f"{spec.arch} {spec.name}: {result}")
+            failures.append(f"{spec.arch} {spec.name}: {result.strip()}")
         else:
             built[spec.arch, spec.name] = result
-        print(f"\r{len(built)}/{len(wanted)}", end="", file=sys.stderr, flush=True)
-    print(f" in {time.monotonic() - started:.0f} s", file=sys.stderr)
-    if failed:
-        print("\n".join(failed), file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\r{done}/{len(wanted)} compiled", end="", file=sys.stderr, flush=True)
+    if wanted:
+        print(f"\rcompiled {len(wanted)} variants in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return built, failures
+
+
+def build(args: argparse.Namespace) -> int:
+    """Write the bundles, compiling what changed since the last build (or everything)."""
+    wanted = {arch: specs.specs(arch, args.only) for arch in args.arch}
+    members: dict[tuple[str, str], list[Member]] = {}
+    for arch, matrix in wanted.items():
+        committed = None if args.all else read(arch)
+        for spec in matrix:
+            if (unchanged := committed_members(spec, committed)) is not None:
+                members[arch, spec.name] = unchanged
+    stale = [spec for matrix in wanted.values() for spec in matrix if (spec.arch, spec.name) not in members]
+    built, failures = compile_with_progress(stale, args.jobs)
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
         return 1
-    BUNDLE_DIR.mkdir(parents=True, exist_ok=True)
-    for arch in args.arch:
-        variants = [
-            (compile.variant_entry(spec, members), [member.code for member in members])
-            for spec in wanted
-            if spec.arch == arch
-            for members in [built[arch, spec.name]]
-        ]
-        data = bundle.pack(arch, compile.compiler_versions(), variants)
-        _path(arch).write_bytes(data)
-        print(f"{_path(arch).name}: {len(variants)} variants, {len(data)} bytes")
+    members |= built
+    for arch, matrix in wanted.items():
+        data = _pack(arch, [(spec, members[arch, spec.name]) for spec in matrix])
+        bundle_path(arch).parent.mkdir(parents=True, exist_ok=True)
+        bundle_path(arch).write_bytes(data)
+        print(f"{arch}: {len(matrix)} variants, {len(data)} bytes")
     return 0
+
+
+def _pack(arch: str, variants: Iterable[tuple[Spec, list[Member]]]) -> bytes:
+    entries = ((compile.variant_entry(spec, members), [m.code for m in members]) for spec, members in variants)
+    return bundle.pack(arch, compile.compiler_versions(), entries)
 
 
 def show(args: argparse.Namespace) -> int:
-    for arch in args.arch:
-        found = _read(arch)
-        if found is None:
-            continue
-        for variant in found.manifest["variants"]:
-            for launch in variant["launches"]:
-                print(_row(arch, variant, launch))
+    """The matrix as the bundles have it: one row per launch."""
+    found = [(arch, read(arch)) for arch in args.arch]
+    rows = [
+        _row(arch, variant, launch)
+        for arch, committed in found
+        if committed is not None
+        for variant in committed.manifest["variants"]
+        for launch in variant["launches"]
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    line = "{:10} {:74} {:>9} {:>5} {:>4} {:>6} {:>7} {:>7}"
+    print(line.format("arch", "variant", "tile", "warps", "regs", "spills", "shared", "bytes"))
+    for r in rows:
+        print(line.format(*(r[k] for k in ("arch", "name", "tile", "warps", "registers", "spills", "shared", "bytes"))))
+    for arch, committed in found:
+        if committed is not None:
+            mine = [row for row in rows if row["arch"] == arch]
+            raw, packed = len(committed.code), bundle_path(arch).stat().st_size
+            spilling = sum(row["spills"] > 0 for row in mine)
+            print(f"{arch}: {len(mine)} kernels, {raw} bytes of code in {packed}; {spilling} spill")
     return 0
 
 
-def _row(arch: str, variant: dict[str, Any], launch: dict[str, Any]) -> str:
-    tile = variant["tile"]
-    return (
-        f"{arch:10} {variant['name']:62} {tile['query']:3}x{tile['key']:<3} {launch['block_threads'] // 32:2} warps "
-        f"{launch['registers']:3} regs {launch['spill_bytes']:4} B spilled {launch['shared_bytes']:6} B shared "
-        f"{launch['code']['len']:6} B"
-    )
+def _row(arch: str, variant: dict[str, Any], launch: dict[str, Any]) -> dict[str, Any]:
+    when, tile = variant["when"], variant["tile"]
+    return {
+        "arch": arch,
+        "name": variant["name"],
+        "family": variant["family"],
+        "dtype": when["dtype"],
+        "head_dim_qk": when["head_dim_qk"],
+        "head_dim_v": when["head_dim_v"],
+        "band": when["band"],
+        "attn_mask": when["attn_mask"],
+        "requires": variant["requires"],
+        "tile": f"{tile['query']}x{tile['key']}",
+        "warps": launch["block_threads"] // 32,
+        "registers": launch["registers"],
+        "spills": launch["spill_bytes"],
+        "shared": launch["shared_bytes"],
+        "bytes": launch["code"]["len"],
+    }
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prove that the committed bundles are what the sources give."""
+    problems: list[str] = []
+    suspects: list[Spec] = []
+    for arch in args.arch:
+        committed = read(arch)
+        if committed is None:
+            problems.append(f"{arch}: no bundle")
+            continue
+        matrix = specs.specs(arch)
+        problems += compare_manifest(arch, matrix, committed)
+        suspects += matrix if args.all else _suspects(arch, matrix, committed, args.base)
+    built, failures = compile_with_progress(suspects, args.jobs)
+    problems += failures
+    for arch in args.arch:
+        if committed := read(arch):
+            problems += compare_members(arch, {name: made for (a, name), made in built.items() if a == arch}, committed)
+    print("\n".join(problems) if problems else f"{len(built)} variants rebuilt, all as committed")
+    return 1 if problems else 0
+
+
+def compare_manifest(arch: str, matrix: list[Spec], committed: Bundle) -> list[str]:
+    """Everything the manifest says that does not take a compiler to know."""
+    problems = []
+    if (committed.manifest["arch"], committed.manifest["compiler"]) != (arch, compile.compiler_versions()):
+        problems.append(f"{arch}: built for another architecture or by another compiler")
+    variants = committed.variants()
+    names = [spec.name for spec in matrix]
+    problems += [f"{arch} {name}: not in the matrix any more" for name in variants if name not in names]
+    for spec in matrix:
+        variant = variants.get(spec.name)
+        if variant is None:
+            problems.append(f"{arch} {spec.name}: missing from the bundle")
+        elif compile.variant_entry(spec, []) | {"launches": variant["launches"]} != variant:
+            problems.append(f"{arch} {spec.name}: the manifest entry is not what the spec says")
+        elif committed_members(spec, committed) is None:
+            problems.append(f"{arch} {spec.name}: its sources changed since it was built")
+    return problems
+
+
+def _suspects(arch: str, matrix: list[Spec], committed: Bundle, base: str | None) -> list[Spec]:
+    """What to rebuild: what the sources say is stale, what differs from `base`, and a sample drawn by hash."""
+    digest = hashlib.sha256(bundle_path(arch).read_bytes()).digest()
+    drawn = sorted(matrix, key=lambda spec: hashlib.sha256(digest + spec.name.encode()).digest())[:SAMPLE]
+    sample = {spec.name for spec in drawn}
+    before = _at_revision(arch, base).variants() if base else committed.variants()
+    now = committed.variants()
+    return [
+        spec
+        for spec in matrix
+        if spec.name in now
+        and (spec.name in sample or committed_members(spec, committed) is None or _differ(spec.name, before, now))
+    ]
+
+
+def _differ(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return name not in before or [_without_offset(launch) for launch in before[name]["launches"]] != [
+        _without_offset(launch) for launch in now[name]["launches"]
+    ]
+
+
+def _at_revision(arch: str, revision: str) -> Bundle:
+    """The bundle of a git revision; empty where it had none."""
+    path = f"{revision}:{BUNDLE_DIR}/{arch}.fcb"
+    shown = subprocess.run(["git", "show", path], cwd=ROOT, capture_output=True, check=False)
+    return bundle.unpack(shown.stdout) if shown.returncode == 0 else Bundle({"variants": []}, b"")
+
+
+def compare_members(arch: str, built: dict[str, list[Member]], committed: Bundle) -> list[str]:
+    """Byte for byte, and every measured field."""
+    problems = []
+    variants = committed.variants()
+    for name, members in built.items():
+        if name not in variants:
+            continue
+        for member, launch in zip(members, variants[name]["launches"], strict=True):
+            if member.code != committed.member(launch):
+                problems.append(f"{arch} {name}: the committed code is not what the sources give")
+            elif member.entry != _without_offset(launch):
+                problems.append(f"{arch} {name}: same code, but the manifest entry is not what the build gives")
+    return problems
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("build", build), ("list", show)):
-        command = commands.add_parser(name)
+    for name, function in (("build", build), ("list", show), ("check", check)):
+        command = commands.add_parser(name, help=(function.__doc__ or "").splitlines()[0])
         command.set_defaults(function=function)
-        command.add_argument("--arch", action="append")
-        command.add_argument("--only")
-        command.add_argument("--jobs", type=int, default=os.cpu_count())
+        command.add_argument("--arch", action="append", choices=specs.ARCHES, help="one of them (default: all)")
+        if name != "list":
+            command.add_argument("--all", action="store_true", help="compile everything, changed or not")
+            command.add_argument("--jobs", type=int, default=os.cpu_count())
+        if name == "build":
+            command.add_argument("--only", choices=specs.FAMILIES, help="leave the other kernel families out")
+        if name == "list":
+            command.add_argument("--json", action="store_true")
+        if name == "check":
+            command.add_argument("--base", metavar="REVISION", help="also rebuild what differs from this git revision")
     args = parser.parse_args()
-    args.arch = args.arch or ["sm_90a"]
-    return args.function(args)
+    args.arch = args.arch or list(specs.ARCHES)
+    result: int = args.function(args)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Attention forward for Hopper (sm_90a): TMA loads, asynchronous WGMMA, specialised warps.
 
-The tiling and the online softmax are FlashAttention-2's (Dao, arXiv 2307.08691). One producer warp that feeds consumer
+The tiling and the online softmax are FlashAttention-2's (Dao, arXiv 2307.08691). The producer warp that feeds consumer
 warpgroups through rings of tiles, Q K^T of the next key block issued before P V of this one, and the hand-over of the
 tensor cores between two warpgroups are FlashAttention-3's (Shah et al., arXiv 2407.08608).
 
 A CTA computes tiles of `2 * ROWS` query rows of one head: each of two consumer warpgroups owns `ROWS` of them, and both
-read the same key and value tiles. Key blocks are walked from the last to the first. Control flow, addresses and
-predicates depend on shapes and on the band, never on tensor values.
+read the same key and value blocks, from the last to the first. Control flow, addresses and predicates depend on shapes
+and on the band, never on tensor values.
 """
 
 from triton.experimental import gluon
@@ -20,16 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 CONSUMERS = gl.constexpr(2)
-WARPS = gl.constexpr(4)  # of a warpgroup
+WARPS = gl.constexpr(4)  # of a consumer
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.aggregate
 class Ring:
-    """Shared-memory tiles that the producer fills in turn and consumers hand back.
+    """Shared-memory tiles that the producer fills in turn and that consumers hand back.
 
-    `n` counts fills since the start of the kernel: fill `n` lives in stage `n % stages`, and is use `n // stages` of that
-    stage's two barriers, whose phase is the parity of the use.
+    `n` counts fills since the start of the kernel. Fill `n` lives in stage `n % stages`; it is use `n // stages` of that
+    stage and of its two barriers, and the parity of the use is the phase that ends it.
     """
 
     tiles: gl.shared_memory_descriptor
@@ -40,7 +40,7 @@ class Ring:
     @gluon.jit
     def fill(self, desc, batch, head, row, n):
         stage = n % self.stages
-        # Waiting for the phase before the first one returns at once: every stage starts empty.
+        # A stage starts empty: waiting for the end of the phase before its first one returns at once.
         mbarrier.wait(self.empty.index(stage), ((n // self.stages) & 1) ^ 1)
         mbarrier.expect(self.full.index(stage), desc.block_type.nbytes)
         tma.async_load(desc, [batch, head, row, 0], self.full.index(stage), self.tiles.index(stage))
@@ -57,7 +57,7 @@ class Ring:
 
     @gluon.jit
     def release(self, n):
-        # One arrival per warp. `mbarrier.arrive` would first synchronise the whole warpgroup.
+        # One arrival per warp; `mbarrier.arrive` would synchronise the whole warpgroup first.
         gl.inline_asm(
             "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared::cta.b64 _, [$0]; }",
             "r",
@@ -66,7 +66,7 @@ class Ring:
 
 
 @gluon.jit
-def _ring(desc, stages: gl.constexpr, readers: gl.constexpr) -> Ring:
+def _ring(desc, stages: gl.constexpr, readers: gl.constexpr):
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(desc.dtype, [stages] + desc.block_type.shape, desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], layout)
@@ -79,17 +79,17 @@ def _ring(desc, stages: gl.constexpr, readers: gl.constexpr) -> Ring:
 
 @gluon.aggregate
 class Problem:
-    """What every partition knows: sizes, and which keys a query row sees.
+    """What every partition knows: the sizes, and which keys a query row sees.
 
-    With `BAND`, row `i` sees key `j` iff `i + band_lo <= j <= i + band_hi`; otherwise it sees every key.
+    With `BAND`, row `i` sees key `j` iff `i + band_lo <= j <= i + band_hi`; without, it sees every key.
     """
 
-    seq_len_q: gl.tensor
-    seq_len_k: gl.tensor
+    num_tiles: gl.tensor
+    tiles_query: gl.tensor
     num_heads_q: gl.tensor
     group: gl.tensor
-    tiles_query: gl.tensor
-    num_tiles: gl.tensor
+    seq_len_q: gl.tensor
+    seq_len_k: gl.tensor
     band_lo: gl.tensor
     band_hi: gl.tensor
     BAND: gl.constexpr
@@ -98,7 +98,7 @@ class Problem:
 
     @gluon.jit
     def tile(self, t):
-        """Tile `t`: its head counted through all batches, first query row, last key block's first key, key blocks."""
+        """Tile `t`: its head (of all batches), first query row, first key of its last key block, number of blocks."""
         head = t // self.tiles_query
         m = t % self.tiles_query
         if self.BAND:
@@ -110,37 +110,36 @@ class Problem:
         if self.BAND:
             last_row = gl.minimum(row + CONSUMERS * self.ROWS, self.seq_len_q) - 1
             begin = gl.maximum(row + self.band_lo, 0) // self.KEYS
-            keys = gl.maximum(gl.minimum(last_row + self.band_hi + 1, self.seq_len_k), 0)
+            keys = gl.maximum(gl.minimum(last_row + self.band_hi + 1, keys), 0)
         end = (keys + self.KEYS - 1) // self.KEYS
-        # Rows that see no key visit one block past the last key, which TMA fills with zeros: every tile has a step.
+        # Rows that see no key visit one block beyond the last key, which TMA fills with zeros: no tile is without steps.
         begin = gl.where(begin < end, begin, self.seq_len_k // self.KEYS + 1)
         end = gl.maximum(end, begin + 1)
         return head, row, (end - 1) * self.KEYS, end - begin
 
     @gluon.jit
     def mask(self, s, row, col, LAYOUT: gl.constexpr):
-        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see the key.
+        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see a key.
 
-        Both branches are taken by the whole CTA or not at all, and only for blocks that cross an edge of the band.
+        Only blocks that cross an edge of what the rows see pay for it; a whole warpgroup takes the same branch.
         """
         rows = gl.expand_dims(row + gl.arange(0, self.ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
         cols = gl.expand_dims(col + gl.arange(0, self.KEYS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-        end = rows * 0 + self.seq_len_k
-        first_end = self.seq_len_k
         if self.BAND:
-            end = gl.minimum(rows + self.band_hi + 1, end)
-            first_end = gl.minimum(row + self.band_hi + 1, first_end)
-        if col + self.KEYS > first_end:
-            s = gl.where(cols < end, s, float("-inf"))
-        if self.BAND:
-            if col < row + self.ROWS - 1 + self.band_lo:
-                s = gl.where(cols >= rows + self.band_lo, s, float("-inf"))
+            last_begin = row + self.ROWS - 1 + self.band_lo
+            first_end = gl.minimum(row + self.band_hi + 1, self.seq_len_k)
+            if (col < last_begin) | (col + self.KEYS > first_end):
+                end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k)
+                s = gl.where((cols >= rows + self.band_lo) & (cols < end), s, float("-inf"))
+        else:
+            if col + self.KEYS > self.seq_len_k:
+                s = gl.where(cols < self.seq_len_k, s, float("-inf"))
         return s
 
 
 @gluon.jit
-def _produce(p, q_desc, k_desc, v_desc, q, k, v):
-    """The producer warp: issue the loads of every tile, in the order in which the consumers need them."""
+def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
+    """The producer warp: issue every load, in the order in which the consumers need them."""
     blocks = p.num_tiles * 0  # key blocks of the tiles before this one
     tiles = p.num_tiles * 0
     for t in range(gl.program_id(0), p.num_tiles, gl.num_programs(0)):
@@ -149,31 +148,21 @@ def _produce(p, q_desc, k_desc, v_desc, q, k, v):
         head_q = head % p.num_heads_q
         head_kv = head_q // p.group
         for wg in gl.static_range(CONSUMERS):
-            q.fill(q_desc, batch, head_q, row + wg * p.ROWS, tiles * CONSUMERS + wg)
-        k.fill(k_desc, batch, head_kv, col, blocks)
+            q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, tiles * CONSUMERS + wg)
+        k_ring.fill(k_desc, batch, head_kv, col, blocks)
         for i in range(1, steps):
-            k.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
-            v.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
-        v.fill(v_desc, batch, head_kv, col - (steps - 1) * p.KEYS, blocks + steps - 1)
+            k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
+            v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
+        v_ring.fill(v_desc, batch, head_kv, col - (steps - 1) * p.KEYS, blocks + steps - 1)
         blocks += steps
         tiles += 1
 
 
 @gluon.jit
-def _lane_sum(p):
-    """Row sums of `p` (ROWS, KEYS) as (ROWS, 4): one for each of the four lanes that share a row, with no shuffle.
-
-    In the accumulator layout of WGMMA a lane holds columns `8 * j + 2 * lane` and the one after, for every j.
-    """
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _softmax(s, m, scale_log2):
-    """One step of the online softmax on raw scores `s` (ROWS, KEYS) f32.
+    """One step of the online softmax on raw scores `s` (ROWS, KEYS) f32; `m` (ROWS,) is their maximum so far.
 
-    `m` (ROWS,) is the running maximum of the raw scores. Returns the exponentials, the new `m`, and the factor by which
-    all that was accumulated under the old one has to shrink.
+    Returns the exponentials, the new maximum, and the factor by which all that was summed under the old one shrinks.
     """
     m_new = gl.maximum(m, gl.max(s, 1))
     shift = m_new * scale_log2
@@ -182,20 +171,32 @@ def _softmax(s, m, scale_log2):
 
 
 @gluon.jit
+def _lane_sums(p):
+    """Row sums of `p` (ROWS, KEYS) as (ROWS, 4): a part for each of the four lanes that share a row, with no shuffle.
+
+    In the accumulator layout of WGMMA, lane `i` of a row holds the columns `8 * j + 2 * i` and `8 * j + 2 * i + 1`.
+    """
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _scale_rows(x, factor):
+    """`x` (rows, columns) times `factor` (rows,): every thread already holds the factors of its rows."""
+    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True), 1)
+
+
+@gluon.jit
 def _log2(x):
     # The library's logarithm branches on its argument.
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
-@gluon.jit
-def _scale_rows(x, factor):
-    """`x` (rows, columns) times `factor` (rows,), which every thread already holds for its rows."""
-    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True), 1)
+# Ping-pong: a warpgroup issues its matrix products while the other one computes exponentials. Named barrier 8 is the turn
+# of consumer 0, barrier 9 that of consumer 1; Triton uses the low numbers, one per partition.
 
 
 @gluon.jit
 def _take_turn(WG: gl.constexpr):
-    """Wait until the other warpgroup has issued its matrix products."""
     if WG == 0:
         gl.inline_asm("bar.sync 8, 256;")
     else:
@@ -211,42 +212,33 @@ def _pass_turn(WG: gl.constexpr):
 
 
 @gluon.jit
-def _step(o, prob, m, l, n, row, col, p, q, k, v, scale_log2, WG: gl.constexpr,
-          PING_PONG: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):
-    """Scores of key block `n` and the product of the previous block's `prob` with its values, both in flight."""
-    k.wait(n)
-    if PING_PONG:
-        _take_turn(WG)
-    s = warpgroup_mma(q, k.tile(n).permute([1, 0]), gl.zeros([p.ROWS, p.KEYS], gl.float32, S_LAYOUT), use_acc=False,
-                      is_async=True)
-    o = warpgroup_mma(prob, v.tile(n - 1), o, is_async=True)
-    if PING_PONG:
-        _pass_turn(WG)
-    s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
-    k.release(n)
-    if p.BAND:  # otherwise only a tile's first block can reach beyond the last key
-        s = p.mask(s, row, col, S_LAYOUT)
-    prob, m, alpha = _softmax(s, m, scale_log2)
-    l = _scale_rows(l, alpha) + _lane_sum(prob)
-    prob = gl.convert_layout(prob.to(k.tiles.dtype), P_LAYOUT, assert_trivial=True)
-    # The next product's wait comes here, before the wait for the current one: it starts a new basic block, across which
-    # ptxas does not hoist the latter above the exponentials.
-    v.wait(n)
-    o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-    v.release(n - 1)
-    return _scale_rows(o, alpha), prob, m, l
+def _scores(q, k, LAYOUT: gl.constexpr):
+    """Start S = Q K^T, in f32 from `q` (ROWS, head_dim) and `k` (KEYS, head_dim) in shared memory."""
+    zero = gl.zeros([q.shape[0], k.shape[0]], gl.float32, LAYOUT)
+    return warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _consume(p, out_desc, lse, q_ring, k, v, out_tiles, scale_log2, WG: gl.constexpr, PING_PONG: gl.constexpr,
-             OWN_OUT: gl.constexpr):
-    """Consumer warpgroup `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
+def _consume(
+    p,
+    out_desc,
+    lse,
+    q_ring,
+    k_ring,
+    v_ring,
+    out_tiles,
+    scale_log2,
+    WG: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    OWN_OUT: gl.constexpr,
+):
+    """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
     D: gl.constexpr = out_desc.block_type.shape[3]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, p.KEYS, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    # Below every score that is not -inf after scaling, yet finite before and after: a row that sees nothing needs no
-    # special case, its exponentials are 0.
+    # The maximum starts below every score that is more than -inf after scaling, and is finite after scaling: a row that
+    # sees nothing needs no special case, its exponentials are 0.
     lowest = -3.0e38 / gl.maximum(scale_log2, 1.0)
     blocks = p.num_tiles * 0
     tile = p.num_tiles * 0 + WG
@@ -256,42 +248,63 @@ def _consume(p, out_desc, lse, q_ring, k, v, out_tiles, scale_log2, WG: gl.const
     for t in range(gl.program_id(0), p.num_tiles, gl.num_programs(0)):
         head, row, col, steps = p.tile(t)
         row += WG * p.ROWS
-        o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
         m = gl.zeros([p.ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT)) + lowest
+        o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
+
         q_ring.wait(tile)
         q = q_ring.tile(tile)
-        k.wait(blocks)
-        s = warpgroup_mma(q, k.tile(blocks).permute([1, 0]), gl.zeros([p.ROWS, p.KEYS], gl.float32, S_LAYOUT),
-                          use_acc=False, is_async=True)
+        k_ring.wait(blocks)
+        s = _scores(q, k_ring.tile(blocks), S_LAYOUT)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-        k.release(blocks)
-        prob, m, alpha = _softmax(p.mask(s, row, col, S_LAYOUT), m, scale_log2)
-        l = _lane_sum(prob)
-        prob = gl.convert_layout(prob.to(k.tiles.dtype), P_LAYOUT, assert_trivial=True)
-        v.wait(blocks)
+        k_ring.release(blocks)
+        s = p.mask(s, row, col, S_LAYOUT)
+        prob, m, _ = _softmax(s, m, scale_log2)
+        l = _lane_sums(prob)
+        prob = gl.convert_layout(prob.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
+        v_ring.wait(blocks)
         for i in range(1, steps):
-            o, prob, m, l = _step(o, prob, m, l, blocks + i, row, col - i * p.KEYS, p, q, k, v, scale_log2, WG, PING_PONG,
-                                  S_LAYOUT, P_LAYOUT)
+            # The scores of block i and the product of block i - 1's P with its values are in flight together.
+            n = blocks + i
+            k_ring.wait(n)
+            if PING_PONG:
+                _take_turn(WG)
+            s = _scores(q, k_ring.tile(n), S_LAYOUT)
+            o = warpgroup_mma(prob, v_ring.tile(n - 1), o, is_async=True)
+            if PING_PONG:
+                _pass_turn(WG)
+            s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
+            k_ring.release(n)
+            if p.BAND:  # else only the first block, the last of the keys, can reach beyond them
+                s = p.mask(s, row, col - i * p.KEYS, S_LAYOUT)
+            prob, m, alpha = _softmax(s, m, scale_log2)
+            l = _scale_rows(l, alpha) + _lane_sums(prob)
+            prob = gl.convert_layout(prob.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
+            # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o` up,
+            # before the exponentials, and nothing overlaps.
+            v_ring.wait(n)
+            o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
+            v_ring.release(n - 1)
+            o = _scale_rows(o, alpha)
         if OWN_OUT:
             q_ring.release(tile)
         blocks += steps
-        o = warpgroup_mma(prob, v.tile(blocks - 1), o, is_async=True)
+        o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
         o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-        v.release(blocks - 1)
+        v_ring.release(blocks - 1)
 
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
-        l_safe = gl.where(l == 0.0, 1.0, l)
+        divisor = gl.where(l == 0.0, 1.0, l)
         if lse.to(gl.int64) != 0:
-            value = gl.where(l == 0.0, float("-inf"), (m * scale_log2 + _log2(l_safe)) * LN_2)
             rows = row + gl.arange(0, p.ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+            value = gl.where(l == 0.0, float("-inf"), (m * scale_log2 + _log2(divisor)) * LN_2)
             gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
-        o = _scale_rows(o, 1.0 / l_safe)
+        o = _scale_rows(o, 1.0 / divisor)
         if OWN_OUT:
             out = out_tiles.index(WG)
-            tma.store_wait(0)
+            tma.store_wait(0)  # the store of the tile before has read `out`
             gl.barrier()
         else:
-            out = q_ring.tiles.index(tile % CONSUMERS)
+            out = q_ring.tiles.index(WG)
         out.reshape([p.ROWS, D]).store(o.to(out.dtype))
         fence_async_shared()
         tma.async_store(out_desc, [head // p.num_heads_q, head % p.num_heads_q, row, 0], out)
@@ -302,14 +315,41 @@ def _consume(p, out_desc, lse, q_ring, k, v, out_tiles, scale_log2, WG: gl.const
         tile += CONSUMERS
     if PING_PONG:
         if WG == 0:
-            _take_turn(WG)
+            _take_turn(WG)  # the turn that nobody needs any more: arrivals and waits balance
     tma.store_wait(0)
 
 
 @gluon.jit
-def attention_forward_hopper(q, k, v, out, lse, band_lo, band_hi, scale_log2, BAND: gl.constexpr, STAGES: gl.constexpr,
-                             PING_PONG: gl.constexpr, OWN_OUT: gl.constexpr):
-    """out = softmax(scale * q k^T) v over `(batch, heads, seq, head_dim)` f16 or bf16, and its log-sum-exp."""
+def attention_forward_hopper(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    num_tiles,
+    tiles_query,
+    num_heads_q,
+    group,
+    seq_len_q,
+    seq_len_k,
+    band_lo,
+    band_hi,
+    scale_log2,
+    BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    OWN_OUT: gl.constexpr,
+):
+    """out = softmax(scale * q k^T) v, and the natural logarithm of each row's sum of exponentials.
+
+    q, k, v, out: rank-4 descriptors over (batch, heads, seq, head_dim), f16 or bf16, with the true sizes; blocks
+    (1, 1, ROWS, D) for q and out, (1, 1, KEYS, D) for k and v. TMA reads zeros beyond the sizes and does not write there.
+    lse: (batch, num_heads_q, seq_len_q) f32, contiguous, or null.
+    tiles_query = ceil(seq_len_q / (2 * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles CTAs,
+    or fewer that take several tiles each. scale_log2 = scale * log2(e) > 0. |band| and sequence lengths below 2^30.
+    STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
+    """
+    gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")
     q_ring = _ring(q, CONSUMERS, 1)
     k_ring = _ring(k, STAGES, CONSUMERS)
     v_ring = _ring(v, STAGES, CONSUMERS)
@@ -318,13 +358,25 @@ def attention_forward_hopper(q, k, v, out, lse, band_lo, band_hi, scale_log2, BA
     else:
         out_tiles = q_ring.tiles
     fence_async_shared()
-    ROWS: gl.constexpr = q.block_type.shape[2]
-    tiles_query = (q.shape[2] + (CONSUMERS * ROWS - 1)) // (CONSUMERS * ROWS)
-    p = Problem(q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1], tiles_query,
-                tiles_query * q.shape[1] * q.shape[0], gl.to_tensor(band_lo), gl.to_tensor(band_hi), BAND, ROWS,
-                k.block_type.shape[2])
-    gl.warp_specialize([
-        (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
-        (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
-        (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
-    ], [4, 1], [240, 24])
+    p = Problem(
+        num_tiles,
+        tiles_query,
+        num_heads_q,
+        group,
+        seq_len_q,
+        seq_len_k,
+        gl.to_tensor(band_lo),
+        gl.to_tensor(band_hi),
+        BAND,
+        q.block_type.shape[2],
+        k.block_type.shape[2],
+    )
+    gl.warp_specialize(
+        [
+            (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
+            (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
+            (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+        ],
+        [WARPS, 1],
+        [240, 24],  # registers per thread; the first consumer gets what is left, 240
+    )

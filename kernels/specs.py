@@ -94,7 +94,7 @@ class Spec:
     workspace: tuple[tuple[Factor, ...], ...] = ()
 
 
-# --- attention_forward, portable -----------------------------------------------------------------------------------
+# --- attention_forward, portable ---
 
 TENSORS = ("q", "k", "v", "out")
 ELEMENT = {"f16": "fp16", "bf16": "bf16"}
@@ -139,6 +139,73 @@ class Shape:
     stages: int
 
 
+# How a build loads its tiles, which is what decides how many registers a shape costs: 16 bytes at a time ("wide"), or
+# element by element with a 64-bit address each ("narrow"); a mask is read element by element too. The largest shapes
+# that do not spill, chosen by compiling; those of sm_90a also keep ptxas from serialising WGMMA. Every one fits the
+# 99 KB of shared memory of sm_86, sm_89 and sm_120, but for those that replace them where there is more.
+SHAPES = {
+    ("wide", 32): Shape(128, 64, 4, 3),
+    ("wide", 64): Shape(128, 64, 4, 3),
+    ("wide", 128): Shape(128, 64, 8, 2),
+    ("wide", 256): Shape(64, 32, 8, 2),
+    ("narrow", 32): Shape(128, 64, 8, 1),
+    ("narrow", 64): Shape(128, 64, 8, 1),
+    ("narrow", 128): Shape(64, 32, 8, 1),
+    ("narrow", 256): Shape(64, 16, 8, 1),
+    ("wide+mask", 32): Shape(64, 32, 4, 2),
+    ("wide+mask", 64): Shape(128, 32, 8, 2),
+    ("wide+mask", 128): Shape(64, 32, 8, 2),
+    ("wide+mask", 256): Shape(64, 16, 8, 2),
+    ("narrow+mask", 32): Shape(64, 32, 4, 1),
+    ("narrow+mask", 64): Shape(128, 32, 8, 1),
+    ("narrow+mask", 128): Shape(64, 32, 8, 1),
+    ("narrow+mask", 256): Shape(64, 16, 8, 1),
+}
+SHAPES_OF = {
+    # WGMMA wants whole warpgroups and leaves the operands in shared memory, so key tiles can be wide. Pipelining a
+    # mask's loads serialises WGMMA (C7515).
+    "sm_90a": {
+        ("wide", 32): Shape(128, 128, 8, 2),
+        ("wide", 64): Shape(128, 128, 8, 2),
+        ("wide", 128): Shape(128, 64, 8, 3),
+        ("wide", 256): Shape(64, 64, 8, 2),
+        ("narrow", 128): Shape(128, 32, 8, 1),
+        ("wide+mask", 32): Shape(128, 32, 8, 1),
+        ("wide+mask", 64): Shape(64, 64, 8, 1),
+        ("wide+mask", 128): Shape(64, 32, 8, 1),
+        ("wide+mask", 256): Shape(64, 32, 8, 1),
+        ("narrow+mask", 32): Shape(128, 32, 8, 1),
+        ("narrow+mask", 256): Shape(64, 32, 8, 1),
+    },
+    # The accumulators live in tensor memory, which frees registers.
+    "sm_100a": {
+        ("wide", 128): Shape(128, 64, 8, 3),
+        ("wide", 256): Shape(128, 32, 8, 2),
+    },
+}
+ARCHES = ("sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120a", "compute_80")
+
+
+def _shape(arch: str, head_dim: int, mask: str, align: Alignment) -> Shape:
+    loads = ("wide" if align.stride_align == 16 else "narrow") + ("" if mask == "none" else "+mask")
+    return (SHAPES | SHAPES_OF.get(arch, {}))[loads, head_dim]
+
+
+# (band, attn_mask) of each alignment. `exact` and `aligned` are for speed, so a dense build of their own; the rest
+# answers dense requests as the band that contains everything.
+FEATURES = {
+    "exact": [(False, "none"), (True, "none")],
+    "aligned": [(False, "none"), (True, "none"), (True, "bool"), (True, "same"), (True, "f32")],
+    "unaligned": [(True, "none"), (True, "bool"), (True, "same"), (True, "f32")],
+}
+# PTX is the slow yes for a GPU nobody built for: few variants, since the driver compiles each on first use.
+PTX_FEATURES = {
+    "aligned": [(True, "none")],
+    "unaligned": [(True, "none"), (True, "bool"), (True, "same"), (True, "f32")],
+}
+PTX_VERSION = 70  # the lowest that knows sm_80, so that any driver since CUDA 11.0 takes it
+
+
 def _forward_arguments(dtype: str, head_dim: int, band: bool, mask: str, align: Alignment) -> Iterator[tuple]:
     """(argument, Triton type or constexpr, quantity or constant, divisibility) in the order of the kernel."""
     attn_mask, mask_type = MASKS[mask]
@@ -165,8 +232,7 @@ def _forward_arguments(dtype: str, head_dim: int, band: bool, mask: str, align: 
     yield "scale", "fp32", "scale" if attn_mask == "additive" else "scale_log2", 1
 
 
-def _forward_launch(dtype: str, head_dim: int, band: bool, mask: str, alignment: str, shape: Shape) -> Launch:
-    align = ALIGNMENTS[alignment]
+def _forward_launch(arch: str, dtype: str, head_dim: int, band: bool, mask: str, align: Alignment, shape: Shape) -> Launch:
     arguments = list(_forward_arguments(dtype, head_dim, band, mask, align))
     blocks = {
         "BAND": band,
@@ -179,21 +245,25 @@ def _forward_launch(dtype: str, head_dim: int, band: bool, mask: str, alignment:
     return Launch(
         kernel="attention_forward",
         sources=("kernels.forward",),
-        signature={a: t for a, t, _, _ in arguments} | dict.fromkeys(blocks, "constexpr"),
-        constexprs={a: value for a, t, value, _ in arguments if t == "constexpr"} | blocks,
-        values={a: value for a, t, value, _ in arguments if t != "constexpr"},
-        divisibility={a: div for a, t, _, div in arguments if t != "constexpr" and div > 1},
+        signature={a: kind for a, kind, _, _ in arguments} | dict.fromkeys(blocks, "constexpr"),
+        constexprs={a: value for a, kind, value, _ in arguments if kind == "constexpr"} | blocks,
+        values={a: value for a, kind, value, _ in arguments if kind != "constexpr"},
+        divisibility={a: multiple for a, kind, _, multiple in arguments if kind != "constexpr" and multiple > 1},
         grid=Grid(x=("tiles_query", "num_heads_q", "batch")),
         num_warps=shape.warps,
         num_stages=shape.stages,
+        options={"ptx_version": PTX_VERSION} if arch.startswith("compute_") else {},
     )
 
 
-def _forward(arch: str, dtype: str, head_dim: int, band: bool, mask: str, alignment: str, shape: Shape) -> Spec:
+def forward(
+    arch: str, dtype: str, head_dim: int, band: bool, mask: str, alignment: str, shape: Shape | None = None
+) -> Spec:
+    """The portable forward for head_dims up to `head_dim`; `shape` overrides the table, for tuning."""
     align = ALIGNMENTS[alignment]
+    shape = shape or _shape(arch, head_dim, mask, align)
     head_dims = (head_dim, head_dim) if align.exact else (1, head_dim)
-    pattern = "band" if band else "dense"
-    features = pattern if mask == "none" else f"{pattern}.mask_{mask}"
+    features = ("band" if band else "dense") + ("" if mask == "none" else f".mask_{mask}")
     return Spec(
         name=f"attention_forward.portable.{dtype}.d{head_dim}.{features}.{alignment}",
         arch=arch,
@@ -205,16 +275,97 @@ def _forward(arch: str, dtype: str, head_dim: int, band: bool, mask: str, alignm
         requires=Requires(align.base_align, align.stride_align, align.head_dim_align),
         tile=Tile(shape.query, shape.key, head_dim),
         secret=("q", "k", "v") if mask == "none" else ("q", "k", "v", "attn_mask"),
-        launches=(_forward_launch(dtype, head_dim, band, mask, alignment, shape),),
+        launches=(_forward_launch(arch, dtype, head_dim, band, mask, align, shape),),
     )
 
 
-def specs(arch: str) -> list[Spec]:
-    """Every variant of one architecture."""
-    shape = Shape(128, 64, 4, 3)
+def _portable(arch: str) -> list[Spec]:
+    matrix = PTX_FEATURES if arch.startswith("compute_") else FEATURES
     return [
-        _forward(arch, dtype, 64, band, "none", alignment, shape)
-        for dtype in ("f16", "bf16")
-        for band in (False, True)
-        for alignment in ("exact", "aligned", "unaligned")
+        forward(arch, dtype, head_dim, band, dtype if mask == "same" else mask, alignment)
+        for head_dim in TILES
+        for alignment, features in matrix.items()
+        for band, mask in features
+        for dtype in ELEMENT
     ]
+
+
+# --- attention_forward, Hopper ---
+
+
+@dataclass(frozen=True)
+class HopperShape:
+    """Key block and stages of its ring; `own_out`: there is shared memory left for the output beside the query's."""
+
+    key: int
+    stages: int
+    own_out: bool
+
+
+# Of the 227 KB of shared memory: 129, 193 and 193 KB. No spills with 240 registers a thread.
+HOPPER_SHAPES = {64: HopperShape(128, 3, True), 128: HopperShape(128, 2, True), 256: HopperShape(64, 2, False)}
+CONSUMER_ROWS = 64  # two consumer warpgroups make a query tile
+
+
+def _descriptor(dtype: str, rows: int, head_dim: int) -> str:
+    """The Triton type of a rank-4 host descriptor for tiles (1, 1, rows, head_dim)."""
+    layout = "swizzle_byte_width=128, element_bitwidth=16, rank=4, transposed=False, fp4_padded=False, cga_layout=[]"
+    return f"tensordesc<{ELEMENT[dtype]}[1, 1, {rows}, {head_dim}],NVMMASharedLayout({layout})>"
+
+
+def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape) -> Launch:
+    sizes = ("num_tiles", "tiles_query", "num_heads_q", "group", "seq_len_q", "seq_len_k")
+    bounds = ("band_lo", "band_hi")
+    constexprs: dict[str, bool | int] = {} if band else dict.fromkeys(bounds, 0)
+    constexprs |= {"BAND": band, "STAGES": shape.stages, "PING_PONG": True, "OWN_OUT": shape.own_out}
+    values = {name: name for name in (*TENSORS, "lse", *sizes, *(bounds if band else ()), "scale_log2")}
+    rows = {"q": CONSUMER_ROWS, "k": shape.key, "v": shape.key, "out": CONSUMER_ROWS}
+    types = {tensor: _descriptor(dtype, rows[tensor], head_dim) for tensor in TENSORS}
+    types |= {"lse": "*fp32"} | dict.fromkeys((*sizes, *bounds), "i32") | {"scale_log2": "fp32"}
+    return Launch(
+        kernel="attention_forward_hopper",
+        sources=("kernels.forward_hopper",),
+        signature=types | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        values=values,
+        # Dense tiles take equally long: CTAs that stay save their start. Under a band a fresh CTA balances better.
+        grid=Grid(x=("tiles_query", "num_heads_q", "batch"), max_ctas_per_sm=None if band else 1),
+        num_warps=4,  # of the first consumer; the other partitions bring their own
+        num_stages=1,
+    )
+
+
+def hopper(dtype: str, head_dim: int, band: bool, shape: HopperShape | None = None) -> Spec:
+    """The sm_90a forward for head_dims up to `head_dim`; `shape` overrides the table, for tuning."""
+    shape = shape or HOPPER_SHAPES[head_dim]
+    return Spec(
+        name=f"attention_forward.hopper.{dtype}.d{head_dim}.{'band' if band else 'dense'}",
+        arch="sm_90a",
+        op="attention_forward",
+        family="hopper",
+        priority=PRIORITY["hopper"] + 10 * (len(TILES) - TILES.index(head_dim)) + (not band),
+        when=When(dtype, (1, head_dim), (1, head_dim), band),
+        # What cuTensorMapEncodeTiled asks for; the head_dim itself may be odd.
+        requires=Requires(16, 16, 2, positive_scale=True),
+        tile=Tile(2 * CONSUMER_ROWS, shape.key, head_dim),
+        secret=("q", "k", "v"),
+        launches=(_hopper_launch(dtype, head_dim, band, shape),),
+    )
+
+
+def _hopper(arch: str) -> list[Spec]:
+    """The Gluon kernel, where there are TMA, WGMMA and the register reallocation it needs."""
+    if arch != "sm_90a":
+        return []
+    return [hopper(dtype, head_dim, band) for head_dim in HOPPER_SHAPES for band in (False, True) for dtype in ELEMENT]
+
+
+# --- the whole matrix ---
+
+
+FAMILIES = {"portable": _portable, "hopper": _hopper}
+
+
+def specs(arch: str, only: str | None = None) -> list[Spec]:
+    """Every variant of one architecture (of one family), similar ones next to each other."""
+    return [spec for family, matrix in FAMILIES.items() if only in (None, family) for spec in matrix(arch)]

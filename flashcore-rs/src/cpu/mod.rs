@@ -1,15 +1,13 @@
-//! Attention on the CPU.
-pub(crate) struct HostInputs<'a> {
-    pub query: crate::tensor::HostRef<'a>,
-    pub key: crate::tensor::HostRef<'a>,
-    pub value: crate::tensor::HostRef<'a>,
-    pub attn_mask: Option<crate::tensor::HostRef<'a>>,
-}
-pub(crate) fn attention(
-    _problem: &crate::Problem,
-    _inputs: HostInputs<'_>,
-    _out: crate::tensor::HostMut<'_>,
-    _lse: Option<&mut [f32]>,
-) {
-    todo!()
-}
+//! Attention on the CPU: the operation itself where there is no GPU, and the references that every kernel is judged by.
+//!
+//! The CPU backend is not constant-trace: it skips work that a mask or a non-finite value makes unnecessary.
+
+pub(crate) mod attention;
+mod judge;
+pub mod oracle;
+mod real;
+
+pub(crate) use self::attention::{HostInputs, attention};
+
+#[cfg(test)]
+mod tests;

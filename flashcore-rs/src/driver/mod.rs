@@ -223,8 +223,6 @@ pub trait Driver: Send + Sync {
     fn destroy_stream(&self, context: ContextHandle, stream: StreamHandle) -> Result<()>;
     /// Waits for a stream.
     fn synchronize(&self, context: ContextHandle, stream: StreamHandle) -> Result<()>;
-    /// Whether the stream is capturing.
-    fn is_capturing(&self, context: ContextHandle, stream: StreamHandle) -> Result<bool>;
 
     /// A new event; `timing` makes it usable with [`Driver::elapsed_ms`].
     fn create_event(&self, context: ContextHandle, timing: bool) -> Result<EventHandle>;

@@ -63,7 +63,6 @@ api! {
     fn stream_destroy = "cuStreamDestroy_v2"(sys::CUstream);
     fn stream_synchronize = "cuStreamSynchronize"(sys::CUstream);
     fn stream_wait_event = "cuStreamWaitEvent"(sys::CUstream, sys::CUevent, c_uint);
-    fn stream_is_capturing = "cuStreamIsCapturing"(sys::CUstream, *mut c_uint);
     fn stream_begin_capture = "cuStreamBeginCapture_v2"(sys::CUstream, c_uint);
     fn stream_end_capture = "cuStreamEndCapture"(sys::CUstream, *mut sys::CUgraph);
     fn thread_exchange_capture_mode = "cuThreadExchangeStreamCaptureMode"(*mut c_uint);

@@ -363,14 +363,6 @@ impl Driver for CudaDriver {
         cu!(self, stream_synchronize(stream.0 as sys::CUstream), "cuStreamSynchronize")
     }
 
-    fn is_capturing(&self, context: ContextHandle, stream: StreamHandle) -> Result<bool> {
-        let _bound = self.bind(context)?;
-        let mut status = 0;
-        // SAFETY: the stream is live, `status` is a valid place.
-        cu!(self, stream_is_capturing(stream.0 as sys::CUstream, &mut status), "cuStreamIsCapturing")?;
-        Ok(status != 0)
-    }
-
     fn create_event(&self, context: ContextHandle, timing: bool) -> Result<EventHandle> {
         let _bound = self.bind(context)?;
         let mut event = std::ptr::null_mut();

@@ -1,0 +1,41 @@
+# The two commands of the README are `make validate` and `make test`; each sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: validate test setup build kernels kernels-check wheel bench fuzz asan valgrind fmt clean
+
+validate: ## Correctness matrix and the nine small configurations, on the GPU if there is one, else on the CPU
+	cargo run --release --quiet -p flashcore-rs --features validate --bin flashcore-validate -- $(ARGS)
+
+test: $(VENV)/ready ## Every test that needs no GPU; GPU tests skip with a reason where there is none
+	$(BIN)/python .ci/stages.py $(STAGES)
+
+setup: $(VENV)/ready ## A virtual environment with the pinned tools
+
+$(VENV)/ready: kernels/requirements.txt python/requirements-test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r kernels/requirements.txt -r python/requirements-test.txt
+	touch $@
+
+wheel: $(VENV)/ready ## The Python wheel, into dist/
+	$(BIN)/maturin build --release --out dist
+
+kernels: $(VENV)/ready ## Rebuild the bundles from kernels/ (no GPU needed)
+	$(BIN)/python -m kernels build
+
+kernels-check: $(VENV)/ready ## Prove that every committed bundle is what the sources give
+	$(BIN)/python -m kernels check --all
+
+bench: ## Criterion benchmarks
+	cargo bench -p flashcore-benches
+
+fmt: $(VENV)/ready
+	cargo fmt
+	$(BIN)/ruff format kernels python benches .ci
+	$(BIN)/ruff check --fix kernels python benches .ci
+
+clean:
+	rm -rf target dist $(VENV)
