@@ -35,6 +35,8 @@ pub struct Plan {
     variant: String,
     problem: Problem,
     launches: Vec<PlannedLaunch>,
+    /// Bytes of each scratch buffer.
+    workspace: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -65,7 +67,15 @@ impl Plan {
             .zip(functions)
             .map(|(launch, &function)| PlannedLaunch::new(launch, function, &values, sm_count))
             .collect::<Result<_>>()?;
-        Ok(Self { variant: variant.name.clone(), problem, launches })
+        let workspace = variant
+            .workspace
+            .iter()
+            .map(|scratch| {
+                let bytes = values.product(&scratch.bytes)?;
+                usize::try_from(bytes).map_err(|_| Error::OutOfMemory { requested: usize::MAX })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { variant: variant.name.clone(), problem, launches, workspace })
     }
 
     /// The name of the kernel variant.
@@ -78,9 +88,22 @@ impl Plan {
         &self.problem
     }
 
-    /// Queues the launches.
+    /// Queues the launches. Scratch memory is stream-ordered and belongs to this call alone, so that calls on several
+    /// streams share nothing.
     pub(crate) fn launch(&self, context: &DeviceContext, stream: StreamHandle, addresses: &Addresses) -> Result<()> {
-        self.launches.iter().try_for_each(|launch| launch.launch(context, stream, addresses))
+        let mut workspace = Vec::new();
+        let queued = self
+            .workspace
+            .iter()
+            .try_for_each(|&bytes| {
+                workspace.push(context.driver.alloc(context.handle, bytes.max(1), stream)?);
+                Ok(())
+            })
+            .and_then(|()| {
+                self.launches.iter().try_for_each(|launch| launch.launch(context, stream, addresses, &workspace))
+            });
+        let freed = workspace.iter().try_for_each(|&address| context.driver.free(context.handle, address, stream));
+        queued.and(freed)
     }
 }
 
@@ -122,13 +145,20 @@ impl PlannedLaunch {
         Ok(())
     }
 
-    fn launch(&self, context: &DeviceContext, stream: StreamHandle, addresses: &Addresses) -> Result<()> {
+    fn launch(
+        &self,
+        context: &DeviceContext,
+        stream: StreamHandle,
+        addresses: &Addresses,
+        workspace: &[u64],
+    ) -> Result<()> {
         let mut params = self.params.clone();
         for &(index, quantity) in &self.pointers {
             let address = match quantity {
                 Quantity::Address(tensor) => addresses.tensor(tensor),
                 Quantity::Lse => addresses.lse,
                 Quantity::AttnMask => addresses.attn_mask,
+                Quantity::Workspace(index) => workspace.get(index).copied().unwrap_or_default(),
                 _ => 0,
             };
             params.set(index, &address.to_ne_bytes());

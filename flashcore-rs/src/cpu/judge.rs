@@ -23,6 +23,8 @@ pub struct ErrorReport {
     pub max_ulp_ref: f64,
     /// Frobenius norm of the error over that of the oracle.
     pub rel_fro: f64,
+    /// The same for the eager reference. Over a suite, `rel_fro / rel_fro_ref` shows small biases that the rule lets by.
+    pub rel_fro_ref: f64,
     /// Elements that are NaN or infinite where they should not be, or the other way round.
     pub misplaced: usize,
     /// Elements of another kind (finite, NaN, +inf, -inf) than the oracle's, but of the eager reference's: fp32 ranges
@@ -77,7 +79,7 @@ pub fn judge(problem: &Problem, actual: &[f64], oracle: &Reference, eager: &Refe
 
     let mut kinds = Kinds::default();
     let [mut e, mut e_ref, mut max_ulp, mut max_ulp_ref] = [0f64; 4];
-    let [mut error, mut norm] = [0f64; 2];
+    let [mut error, mut error_ref, mut norm] = [0f64; 3];
     for (row, &unit) in oracle.out_unit.iter().enumerate() {
         for i in row * dim..(row + 1) * dim {
             let (x, exact, reference) = (actual[i], oracle.out[i], eager.out[i]);
@@ -93,6 +95,7 @@ pub fn judge(problem: &Problem, actual: &[f64], oracle: &Reference, eager: &Refe
                 let d = (reference - exact).abs();
                 e_ref = e_ref.max(d);
                 max_ulp_ref = max_ulp_ref.max(d / unit);
+                error_ref += d * d;
             }
         }
     }
@@ -105,6 +108,7 @@ pub fn judge(problem: &Problem, actual: &[f64], oracle: &Reference, eager: &Refe
         max_ulp,
         max_ulp_ref,
         rel_fro: quotient(error.sqrt(), norm.sqrt(), 0.0),
+        rel_fro_ref: quotient(error_ref.sqrt(), norm.sqrt(), 0.0),
         misplaced: kinds.misplaced,
         out_of_range: kinds.out_of_range,
         pass: kinds.misplaced == 0 && e <= bound && max_ulp <= 1.5 * max_ulp_ref + 1.0,

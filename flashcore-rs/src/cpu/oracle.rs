@@ -267,7 +267,13 @@ impl<'a, S: Scalar> Inputs<'a, S> {
     }
 
     /// The visible keys of row `i`, with scores in type `T`.
-    fn scores<T: Real>(&self, head: &Head<S::Acc>, i: usize, query: &[T], convert: fn(S::Acc) -> T) -> Visible<T> {
+    fn scores<T: Real>(
+        &self,
+        head: &Head<S::Acc>,
+        i: usize,
+        query: &[T],
+        convert: impl Fn(S::Acc) -> T + Copy,
+    ) -> Visible<T> {
         let p = self.problem;
         let scale = T::from_f32(p.scale());
         let mut visible = Visible { keys: Vec::new(), weights: Vec::new() };
@@ -349,9 +355,11 @@ fn round<S: Scalar>(x: &mut [S::Acc]) {
     S::widen(&rounded, x);
 }
 
-/// A dot product in eight interleaved sums, so that it vectorises.
-fn dot<A: Real, T: Real>(x: &[T], y: &[A], convert: fn(A) -> T) -> T {
-    const LANES: usize = 8;
+/// Sums that advance side by side, so that loops vectorise.
+const LANES: usize = 8;
+
+/// A dot product in interleaved sums.
+fn dot<A: Real, T: Real>(x: &[T], y: &[A], convert: impl Fn(A) -> T) -> T {
     let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
     let mut lanes = [T::ZERO; LANES];
     for (x, y) in xs.by_ref().zip(ys.by_ref()) {
@@ -366,12 +374,36 @@ fn dot<A: Real, T: Real>(x: &[T], y: &[A], convert: fn(A) -> T) -> T {
 }
 
 /// `out = sum of weight * row`, in the order of the keys.
-fn weighted_sum<A: Real, T: Real>(keys: &[usize], weights: &[T], rows: &[A], convert: fn(A) -> T, out: &mut [T]) {
-    let dim = out.len();
-    out.fill(T::ZERO);
-    for (&j, &w) in keys.iter().zip(weights) {
-        for (out, &x) in out.iter_mut().zip(&rows[j * dim..][..dim]) {
-            *out += w * convert(x);
+fn weighted_sum<A: Real, T: Real>(
+    keys: &[usize],
+    weights: &[T],
+    rows: &[A],
+    convert: impl Fn(A) -> T + Copy,
+    out: &mut [T],
+) {
+    fn columns<A: Real, T: Real, const N: usize>(
+        terms: impl Iterator<Item = (usize, T)>,
+        rows: &[A],
+        convert: impl Fn(A) -> T,
+    ) -> [T; N] {
+        let mut sums = [T::ZERO; N];
+        for (first, w) in terms {
+            for (sum, &x) in sums.iter_mut().zip(&rows[first..first + N]) {
+                *sum += w * convert(x);
+            }
         }
+        sums
+    }
+    let dim = out.len();
+    let terms = |column: usize| keys.iter().zip(weights).map(move |(&j, &w)| (j * dim + column, w));
+    let mut column = 0;
+    let mut whole = out.chunks_exact_mut(LANES);
+    for out in whole.by_ref() {
+        out.copy_from_slice(&columns::<A, T, LANES>(terms(column), rows, convert));
+        column += LANES;
+    }
+    for out in whole.into_remainder() {
+        [*out] = columns(terms(column), rows, convert);
+        column += 1;
     }
 }

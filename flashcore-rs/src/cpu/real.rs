@@ -86,8 +86,8 @@ macro_rules! exp_nonpositive {
         let shifted = x * std::$float::consts::LOG2_E + MAGIC;
         let n = shifted - MAGIC;
         let r = (x - n * $hi) - n * $lo;
-        let mut p: $float = 0.0;
-        for c in $taylor {
+        let [mut p, rest @ ..] = $taylor;
+        for c in rest {
             p = p * r + c;
         }
         let n = shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(TWICE_BIAS);
