@@ -52,6 +52,7 @@ def pack(arch: str, compiler: dict[str, str], variants: Iterable[tuple[dict[str,
             code += member + bytes(-len(member) % ALIGN)
         entries.append(variant | {"launches": launches})
     manifest = {"schema": SCHEMA, "arch": arch, "compiler": compiler, "variants": entries}
+    validate(manifest)
     return _serialise(json.dumps(manifest, separators=(",", ":")).encode(), bytes(code))
 
 
@@ -98,8 +99,7 @@ def _decompress(frame: bytes, raw_len: int, digest: bytes) -> bytes:
 
 
 def _verify(bundle: Bundle) -> None:
-    if bundle.manifest["schema"] != SCHEMA:
-        raise BundleError(f"unknown schema {bundle.manifest['schema']}")
+    validate(bundle.manifest)
     for variant in bundle.manifest["variants"]:
         for launch in variant["launches"]:
             member = bundle.member(launch)
@@ -108,3 +108,81 @@ def _verify(bundle: Bundle) -> None:
                 raise BundleError(f"{variant['name']}: its code lies outside the code section")
             if hashlib.sha256(member).hexdigest() != place["sha256"]:
                 raise BundleError(f"{variant['name']}: its code is not what the manifest says")
+
+
+# The manifest's schema. A type, a set of allowed values, a list of one kind of item, or an object with these fields.
+_FACTOR = (str, int)
+_RANGE = [int]
+MANIFEST: dict[str, Any] = {
+    "schema": {SCHEMA},
+    "arch": str,
+    "compiler": {"triton": str, "ptxas": str},
+    "variants": [
+        {
+            "name": str,
+            "op": str,
+            "family": str,
+            "priority": int,
+            "when": {
+                "dtype": {"f16", "bf16"},
+                "head_dim_qk": _RANGE,
+                "head_dim_v": _RANGE,
+                "band": bool,
+                "attn_mask": {"none", "bool", "f16", "bf16", "f32"},
+            },
+            "requires": {"base_align": int, "stride_align": int, "head_dim_align": int, "positive_scale": bool},
+            "tile": {"query": int, "key": int, "head_dim": int},
+            "secret": [str],
+            "workspace": [{"bytes": [_FACTOR]}],
+            "launches": [
+                {
+                    "kernel": str,
+                    "code": {"kind": {"cubin", "ptx"}, "offset": int, "len": int, "sha256": str},
+                    "source_sha256": str,
+                    "grid": {"x": [_FACTOR], "y": [_FACTOR], "z": [_FACTOR], "max_ctas_per_sm": (int, type(None))},
+                    "block_threads": int,
+                    "cluster": int,
+                    "shared_bytes": int,
+                    "registers": int,
+                    "spill_bytes": int,
+                    "params": [dict],
+                    "audit": str,
+                }
+            ],
+        }
+    ],
+}
+_PARAM = {"kind": {"ptr", "i32", "i64", "f32", "scratch"}, "value": str}
+_TENSOR_MAP = {"kind": {"tensor_map"}, "value": str, "box": [int], "swizzle": {0, 32, 64, 128}}
+
+
+def validate(manifest: dict[str, Any]) -> None:
+    """Refuse a manifest with a missing, unknown or wrongly typed field, or two variants of one name."""
+    _validate(manifest, MANIFEST, "manifest")
+    for variant in manifest["variants"]:
+        for launch in variant["launches"]:
+            for param in launch["params"]:
+                _validate(param, _TENSOR_MAP if param.get("kind") == "tensor_map" else _PARAM, variant["name"])
+    names = [variant["name"] for variant in manifest["variants"]]
+    if len(set(names)) != len(names):
+        raise BundleError("two variants have the same name")
+
+
+def _validate(value: Any, schema: Any, where: str) -> None:
+    match schema:
+        case dict():
+            if not isinstance(value, dict) or value.keys() != schema.keys():
+                raise BundleError(f"{where}: expected the fields {', '.join(schema)}")
+            for key, inner in schema.items():
+                _validate(value[key], inner, f"{where}.{key}")
+        case list():
+            if not isinstance(value, list):
+                raise BundleError(f"{where}: expected a list")
+            for item in value:
+                _validate(item, schema[0], f"{where}[]")
+        case set():
+            if value not in schema:
+                raise BundleError(f"{where}: {value!r} is none of {', '.join(map(repr, sorted(schema)))}")
+        case _:
+            if not isinstance(value, schema) or (isinstance(value, bool) and schema is not bool):
+                raise BundleError(f"{where}: {value!r} has the wrong type")

@@ -7,6 +7,7 @@ variant can depend on what was compiled before it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -14,7 +15,6 @@ import importlib.util
 import io
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import subprocess
@@ -23,10 +23,12 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from kernels.specs import Launch, Spec
+from kernels.specs import ARCHES, Launch, Spec
 
 # The build environment is part of what a member is made from, so it is part of its source hash.
 BUILD_ENV = {
@@ -64,9 +66,11 @@ def run_tool(name: str, *args: str) -> str:
     return subprocess.run([tool(name), *args], check=True, capture_output=True, text=True).stdout
 
 
+@functools.cache
 def compiler_versions() -> dict[str, str]:
     match = re.search(r"V(\d+\.\d+\.\d+)", run_tool("ptxas", "--version"))
-    assert match is not None
+    if match is None:
+        raise CompileError("ptxas does not say its version")
     return {"triton": importlib.metadata.version("triton"), "ptxas": match[1]}
 
 
@@ -145,7 +149,7 @@ def _triton_compile(launch: Launch, arch: str) -> tuple[Any, str]:
     arguments = list(launch.signature)
     if arguments != function.arg_names:
         raise CompileError(f"the spec's arguments {arguments} are not the kernel's {function.arg_names}")
-    attrs = {(arguments.index(a),): [["tt.divisibility", n]] for a, n in launch.divisibility.items()}
+    attrs = {(arguments.index(a),): [["tt.divisibility", multiple]] for a, multiple in launch.divisibility.items()}
     source_class = GluonASTSource if function.is_gluon() else ASTSource
     source = source_class(function, dict(launch.signature), dict(launch.constexprs), attrs)
     options = {
@@ -161,20 +165,29 @@ def _triton_compile(launch: Launch, arch: str) -> tuple[Any, str]:
     return kernel, log.getvalue()
 
 
+def check_interface(facts: CubinFacts, sizes: list[int], block_threads: int) -> None:
+    """Refuse code whose parameters or block are not what the manifest is going to say."""
+    if list(facts.param_sizes) != sizes:
+        raise CompileError(f"the cubin's parameters have sizes {facts.param_sizes}, the manifest's {sizes}")
+    if facts.block_threads != block_threads:
+        raise CompileError(f"the cubin wants {facts.block_threads} threads, the compiler said {block_threads}")
+
+
 def _compile_launch(spec: Spec, launch: Launch) -> Member:
     kernel, log = _triton_compile(launch, spec.arch)
     meta = kernel.metadata
-    facts = cubin_facts(kernel.asm["cubin"])
     params = expand_params(launch, meta.tensordesc_meta)
-    expected = CubinFacts(facts.registers, facts.stack, tuple(size for _, size in params), 32 * meta.num_warps)
-    if facts != expected:
-        raise CompileError(f"the cubin's interface {facts} is not the manifest's {expected}")
+    facts = cubin_facts(kernel.asm["cubin"])
+    check_interface(facts, [size for _, size in params], 32 * meta.num_warps)
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise CompileError("the kernel asks for scratch memory")
+    if meta.shared > ARCHES[spec.arch]:
+        raise CompileError(f"{meta.shared} bytes of shared memory, and {spec.arch} has {ARCHES[spec.arch]}")
     if warnings := re.findall(r".*C75\d\d.*", log):
         raise CompileError("ptxas serialised WGMMA: " + " ".join(warnings))
+    # For PTX, registers and stack are those of the same text assembled for the lowest architecture it runs on.
     kind = "ptx" if spec.arch.startswith("compute_") else "cubin"
-    code = kernel.asm[kind].encode() if kind == "ptx" else kernel.asm[kind]
+    code = kernel.asm["ptx"].encode() if kind == "ptx" else kernel.asm["cubin"]
     entry = {
         "kernel": meta.name,
         "code": {"kind": kind, "len": len(code), "sha256": hashlib.sha256(code).hexdigest()},
@@ -225,7 +238,7 @@ def compile_spec(spec: Spec) -> list[Member]:
     return [_compile_launch(spec, launch) for launch in spec.launches]
 
 
-def _worker(spec: Spec, pipe: multiprocessing.connection.Connection) -> None:
+def _worker(spec: Spec, pipe: Connection) -> None:
     try:
         pipe.send(compile_spec(spec))
     except Exception:
@@ -237,7 +250,7 @@ def compile_all(specs: list[Spec], jobs: int) -> Iterator[tuple[Spec, list[Membe
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kernels.compile", "triton"])
     waiting = list(reversed(specs))
-    running: dict[Any, tuple[Spec, Any]] = {}
+    running: dict[Connection, tuple[Spec, BaseProcess]] = {}
     with tempfile.TemporaryDirectory(prefix="flashcore-kernels-") as cache_dir:
         prepare_environment(cache_dir)
         while waiting or running:
@@ -248,11 +261,12 @@ def compile_all(specs: list[Spec], jobs: int) -> Iterator[tuple[Spec, list[Membe
                 process.start()
                 theirs.close()
                 running[ours] = (spec, process)
-            for pipe in multiprocessing.connection.wait(list(running)):
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
                 spec, process = running.pop(pipe)
                 try:
-                    result = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
+                    result: list[Member] | str = pipe.recv()
+                except EOFError:  # a pass aborted the process
                     result = "the compiler died"
                 process.join()
                 yield spec, result

@@ -176,9 +176,7 @@ def attention_forward(
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_last = row_first + tl.minimum(rows_left, BLOCK_Q) - 1
-    begin, full_begin, full_end, end = _visible_tiles(
-        row_first, row_last, band_lo, band_hi, seq_len_k, BAND, BLOCK_K
-    )
+    begin, full_begin, full_end, end = _visible_tiles(row_first, row_last, band_lo, band_hi, seq_len_k, BAND, BLOCK_K)
     if ATTN_MASK != "none":  # the mask must be read in every tile
         full_begin = begin
         full_end = begin

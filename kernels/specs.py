@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 Factor = str | int
 
@@ -157,11 +158,14 @@ SHAPES = {
     ("wide+mask", 128): Shape(64, 32, 8, 2),
     ("wide+mask", 256): Shape(64, 16, 8, 2),
     ("narrow+mask", 32): Shape(64, 32, 4, 1),
-    ("narrow+mask", 64): Shape(128, 32, 8, 1),
-    ("narrow+mask", 128): Shape(64, 32, 8, 1),
-    ("narrow+mask", 256): Shape(64, 16, 8, 1),
+    ("narrow+mask", 64): Shape(64, 32, 8, 1),
+    ("narrow+mask", 128): Shape(64, 16, 8, 1),
+    ("narrow+mask", 256): Shape(32, 32, 8, 1),
 }
 SHAPES_OF = {
+    "sm_86": {
+        ("wide", 64): Shape(128, 64, 4, 2),
+    },
     # WGMMA wants whole warpgroups and leaves the operands in shared memory, so key tiles can be wide. Pipelining a
     # mask's loads serialises WGMMA (C7515).
     "sm_90a": {
@@ -175,15 +179,33 @@ SHAPES_OF = {
         ("wide+mask", 128): Shape(64, 32, 8, 1),
         ("wide+mask", 256): Shape(64, 32, 8, 1),
         ("narrow+mask", 32): Shape(128, 32, 8, 1),
+        ("narrow+mask", 64): Shape(128, 32, 8, 1),
+        ("narrow+mask", 128): Shape(64, 32, 8, 1),
         ("narrow+mask", 256): Shape(64, 32, 8, 1),
     },
-    # The accumulators live in tensor memory, which frees registers.
+    # The accumulators live in tensor memory, which frees registers, and have at least 64 rows.
     "sm_100a": {
         ("wide", 128): Shape(128, 64, 8, 3),
         ("wide", 256): Shape(128, 32, 8, 2),
+        ("narrow+mask", 64): Shape(128, 32, 8, 1),
+        ("narrow+mask", 128): Shape(64, 32, 8, 1),
+        ("narrow+mask", 256): Shape(64, 16, 8, 1),
+    },
+    "sm_120a": {
+        ("narrow+mask", 256): Shape(32, 16, 8, 1),
     },
 }
-ARCHES = ("sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120a", "compute_80")
+
+# What each bundle is for, and the shared memory that a block may have there, in bytes. `compute_80` is PTX for a GPU
+# that nobody built for, so it keeps to the least of them all.
+ARCHES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90a": 227 << 10,
+    "sm_100a": 227 << 10,
+    "sm_120a": 99 << 10,
+    "compute_80": 99 << 10,
+}
 
 
 def _shape(arch: str, head_dim: int, mask: str, align: Alignment) -> Shape:
@@ -206,8 +228,12 @@ PTX_FEATURES = {
 PTX_VERSION = 70  # the lowest that knows sm_80, so that any driver since CUDA 11.0 takes it
 
 
-def _forward_arguments(dtype: str, head_dim: int, band: bool, mask: str, align: Alignment) -> Iterator[tuple]:
-    """(argument, Triton type or constexpr, quantity or constant, divisibility) in the order of the kernel."""
+# An argument of the kernel: name, Triton type or constexpr, the quantity it receives or its constant, divisibility.
+Argument = tuple[str, str, Any, int]
+
+
+def _forward_arguments(dtype: str, head_dim: int, band: bool, mask: str, align: Alignment) -> Iterator[Argument]:
+    """All but the block sizes, in the order of the kernel."""
     attn_mask, mask_type = MASKS[mask]
     elements = align.stride_align // 2
     for tensor in TENSORS:
@@ -232,7 +258,9 @@ def _forward_arguments(dtype: str, head_dim: int, band: bool, mask: str, align: 
     yield "scale", "fp32", "scale" if attn_mask == "additive" else "scale_log2", 1
 
 
-def _forward_launch(arch: str, dtype: str, head_dim: int, band: bool, mask: str, align: Alignment, shape: Shape) -> Launch:
+def _forward_launch(
+    arch: str, dtype: str, head_dim: int, band: bool, mask: str, align: Alignment, shape: Shape
+) -> Launch:
     arguments = list(_forward_arguments(dtype, head_dim, band, mask, align))
     blocks = {
         "BAND": band,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::attention::check::Operands;
 use crate::attention::{Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, select};
 use crate::bundle::manifest::{Launch, Param, Variant};
-use crate::bundle::{Bundle, Manifest};
+use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
 use crate::device::{BufferInner, DeviceContext, Stream, enqueue};
 use crate::driver::{DeviceInfo, Driver, FunctionHandle, StreamHandle};
@@ -127,6 +127,15 @@ impl Runtime {
     /// For a device that is not ordinal 0, or another bundle.
     pub fn builder() -> RuntimeBuilder {
         RuntimeBuilder::default()
+    }
+
+    /// The CUDA devices of this machine. Looking does not open them.
+    ///
+    /// # Errors
+    /// [`Error::DriverNotFound`], [`Error::DriverTooOld`], or a driver failure.
+    pub fn devices() -> Result<Vec<DeviceInfo>> {
+        let driver = installed_driver()?;
+        (0..driver.device_count()?).map(|ordinal| driver.device_info(ordinal)).collect()
     }
 
     /// Where tensors must be.
@@ -390,16 +399,6 @@ fn installed_driver() -> Result<Arc<dyn Driver>> {
 #[cfg(not(feature = "cuda"))]
 fn installed_driver() -> Result<Arc<dyn Driver>> {
     Err(Error::DriverNotFound { detail: "this build has no `cuda` feature".into() })
-}
-
-#[cfg(feature = "cuda")]
-fn embedded() -> &'static [(&'static str, &'static [u8])] {
-    crate::bundle::embedded()
-}
-
-#[cfg(not(feature = "cuda"))]
-fn embedded() -> &'static [(&'static str, &'static [u8])] {
-    &[]
 }
 
 fn embedded_by_name(arch: &str, info: &DeviceInfo) -> Result<&'static [u8]> {

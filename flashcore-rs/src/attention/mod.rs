@@ -5,6 +5,8 @@ pub(crate) mod plan;
 mod problem;
 mod select;
 
+use serde::{Deserialize, Serialize};
+
 pub use self::plan::Plan;
 pub use self::problem::{Band, CausalAlign, MaskLayout, Problem};
 pub use self::select::{Explanation, Rejection};
@@ -17,7 +19,7 @@ pub(crate) use self::check::Checked;
 pub(crate) use self::select::{BaseAlign, explain, select};
 
 /// How far a query looks, in keys, either side of its diagonal; `None` is unbounded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Window {
     /// Keys before the diagonal.
     pub left: Option<u32>,
@@ -26,7 +28,7 @@ pub struct Window {
 }
 
 /// Everything about a call but its tensors.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AttentionOptions {
     /// Query `i` sees no key after its diagonal.
     pub causal: bool,

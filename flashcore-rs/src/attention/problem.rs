@@ -1,10 +1,13 @@
 //! What the caller asks for, as plain numbers.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::tensor::Layout;
 
 /// Which diagonal "causal" and windows are measured from when `seq_len_q != seq_len_k`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CausalAlign {
     /// Query `i` stands at key `i`, as in PyTorch's SDPA.
     #[default]

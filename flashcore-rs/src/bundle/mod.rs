@@ -7,10 +7,16 @@ pub mod manifest;
 
 use sha2::{Digest, Sha256};
 
-#[cfg(feature = "cuda")]
-pub(crate) use self::embedded::embedded;
 pub use self::manifest::{Manifest, Variant};
 use crate::error::BundleError;
+
+/// The bundles that are part of the library, as `(architecture, file)`; none without the `cuda` feature.
+pub fn embedded() -> &'static [(&'static str, &'static [u8])] {
+    #[cfg(feature = "cuda")]
+    return self::embedded::embedded();
+    #[cfg(not(feature = "cuda"))]
+    return &[];
+}
 
 /// A parsed and verified bundle.
 #[derive(Debug)]

@@ -320,7 +320,7 @@ impl<'a, S: Scalar> Inputs<'a, S> {
         if let Some(unit) = &mut place.out_unit {
             // An fp64 oracle of an fp64 problem is no better than what it judges.
             let own = if p.dtype == DType::F64 { 4.0 } else { 1.0 };
-            **unit = own * (super::judge::ulp(p.dtype, magnitude) + S::Acc::UNIT_ROUNDOFF * noise);
+            **unit = own * (super::judge::ulp(p.dtype, magnitude) + 2.0 * S::Acc::UNIT_ROUNDOFF * noise);
         }
         if let Some(unit) = &mut place.lse_unit {
             let noise = 1.0 + length + reach * mean_key.sqrt();

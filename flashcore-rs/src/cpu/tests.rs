@@ -545,47 +545,50 @@ enum Fault {
 /// A model of a fused GPU kernel: tiles of 32 keys, fp32 sums, unnormalised weights rounded to the element type.
 fn fused(case: &Case, fault: Fault) -> (Vec<f64>, Vec<f32>) {
     let p = &case.problem;
+    let (dim_k, dim_v) = (p.head_dim_qk, p.head_dim_v);
     let narrow = |x: f32| match p.dtype {
         DType::F16 => f16::from_f32(x).to_f32(),
         DType::BF16 => bf16::from_f32(x).to_f32(),
         _ => x,
     };
+    let read = |buffer: &Buffer, layout| oracle::values(&buffer.view(layout)).iter().map(|&x| x as f32).collect();
+    let query: Vec<f32> = read(&case.query, p.q_layout());
+    let key: Vec<f32> = read(&case.key, p.k_layout());
+    let value: Vec<f32> = read(&case.value, p.v_layout());
     let scale = if fault == Fault::WrongScale { p.scale() * 1.01 } else { p.scale() };
     let (mut outs, mut lses) = (Vec::new(), Vec::new());
-    for [b, h, i, _] in indices([p.batch, p.num_heads_q, p.seq_len_q, 1]) {
-        let head = if fault == Fault::WrongHead { h % p.num_heads_kv } else { h / p.group() };
+    for (row, [b, h, i, _]) in indices([p.batch, p.num_heads_q, p.seq_len_q, 1]).enumerate() {
         let visible = match (p.visible_keys(i), fault) {
             (keys, Fault::OffByOne) => keys.start..(keys.end + 1).min(p.seq_len_k),
             (keys, Fault::TailUnmasked) if keys.end == p.seq_len_k => keys.start..keys.end + 1,
             (keys, Fault::LastKeyLost) => keys.start..keys.end.saturating_sub(1).max(keys.start),
             (keys, _) => keys,
         };
-        let at = |buffer: &Buffer, strides, j, d| {
-            if j < p.seq_len_k { buffer.get(offset(strides, [b, head, j, d])) as f32 } else { 0.0 }
-        };
-        let query: Vec<f32> =
-            (0..p.head_dim_qk).map(|d| case.query.get(offset(p.q_strides, [b, h, i, d])) as f32).collect();
-        let (mut max, mut sum, mut acc) = (f32::NEG_INFINITY, 0f32, vec![0f32; p.head_dim_v]);
+        let kv_head = if fault == Fault::WrongHead { h % p.num_heads_kv } else { h / p.group() };
+        // Beyond the last key a tile holds zeros.
+        let first = (b * p.num_heads_kv + kv_head) * p.seq_len_k;
+        let key = |j: usize| (j < p.seq_len_k).then(|| &key[(first + j) * dim_k..][..dim_k]);
+        let value = |j: usize| (j < p.seq_len_k).then(|| &value[(first + j) * dim_v..][..dim_v]);
+        let query = &query[row * dim_k..][..dim_k];
+        let (mut max, mut sum, mut acc) = (f32::NEG_INFINITY, 0f32, vec![0f32; dim_v]);
         let keys: Vec<usize> = visible.collect();
         for keys in keys.chunks(32) {
             let scores = keys.iter().map(|&j| {
-                let dot = query.iter().enumerate().fold(0f32, |dot, (d, q)| dot + q * at(&case.key, p.k_strides, j, d));
-                let score = dot * scale;
-                if fault == Fault::NarrowScores { bf16::from_f32(score).to_f32() } else { score }
+                let dot = key(j).map_or(0.0, |key| query.iter().zip(key).fold(0.0, |dot, (q, k)| dot + q * k));
+                if fault == Fault::NarrowScores { bf16::from_f32(dot * scale).to_f32() } else { dot * scale }
             });
             let scores: Vec<f32> = scores.collect();
             let new = scores.iter().fold(max, |max, &x| max.max(x));
             let rescale = if fault == Fault::NoRescale && max.is_finite() { 1.0 } else { (max - new).exp() };
             max = new;
-            sum = sum * rescale + scores.iter().map(|x| (x - max).exp()).sum::<f32>();
-            for (d, acc) in acc.iter_mut().enumerate() {
-                *acc *= rescale;
-                for (&j, &score) in keys.iter().zip(&scores) {
-                    let value = match fault {
-                        Fault::ValueFromKey => at(&case.key, p.k_strides, j, d % p.head_dim_qk),
-                        _ => at(&case.value, p.v_strides, j, d),
-                    };
-                    *acc += narrow((score - max).exp()) * value;
+            sum *= rescale;
+            acc.iter_mut().for_each(|acc| *acc *= rescale);
+            for (&j, score) in keys.iter().zip(scores) {
+                let weight = (score - max).exp();
+                sum += weight;
+                let row = if fault == Fault::ValueFromKey { key(j) } else { value(j) };
+                for (acc, x) in acc.iter_mut().zip(row.unwrap_or_default()) {
+                    *acc += narrow(weight) * x;
                     if fault == Fault::NarrowSums {
                         *acc = narrow(*acc);
                     }
@@ -613,10 +616,10 @@ fn judge_accepts_a_sound_kernel_and_rejects_planted_errors() {
     ];
     for dtype in [DType::F16, DType::BF16, DType::F32] {
         let problems = [
-            causal(problem(dtype, [1, 4, 2, 200, 200, 64, 64])),
+            causal(problem(dtype, [1, 4, 2, 120, 120, 32, 32])),
             causal(problem(dtype, [1, 4, 2, 65, 65, 16, 16])),
-            problem(dtype, [1, 4, 2, 20, 333, 32, 32]),
-            problem(dtype, [2, 4, 2, 1, 700, 64, 64]),
+            problem(dtype, [1, 4, 2, 10, 333, 32, 32]),
+            problem(dtype, [2, 4, 2, 1, 500, 64, 64]),
         ];
         let mut present = [0; 9];
         for (seed, p) in problems.into_iter().enumerate() {
@@ -742,57 +745,5 @@ proptest! {
             }
         }
         case.check();
-    }
-}
-#[test]
-#[ignore]
-fn calibrate() {
-    let mut random = Random(std::env::var("SEED").map_or(77, |s| s.parse().unwrap()));
-    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
-        for (name, dims) in [
-            ("tiny", [1usize, 6, 8, 8]),
-            ("wide", [4, 300, 256, 16]),
-            ("flat", [2, 600, 64, 1]),
-            ("mid", [30, 90, 64, 64]),
-        ] {
-            for model in 0..2 {
-                if dtype == DType::F64 && model == 0 {
-                    continue;
-                }
-                let (mut fails, mut lse_fails, mut n) = (0, 0, 0);
-                let (mut worst, mut worst_lse) = (0f64, 0f64);
-                let mut fro = 0.0;
-                for _ in 0..if name == "tiny" {
-                    6000
-                } else if name == "mid" {
-                    300
-                } else {
-                    1500
-                } {
-                    let mut pick = |max: usize| 1 + (random.bits() % max as u64) as usize;
-                    let p = problem(dtype, [1, 1, 1, pick(dims[0]), pick(dims[1]), pick(dims[2]), pick(dims[3])]);
-                    let s = [p.scale(), 1.0, -3.0, 0.1][pick(4) - 1];
-                    let p = scaled(p, s);
-                    let p = if pick(2) == 1 { causal(p) } else { p };
-                    let case = Case::new(p, random.bits());
-                    let (oracle, eager) = case.references();
-                    let (out, lse) = if model == 0 { fused(&case, Fault::None) } else { case.run() };
-                    let r = judge(&p, &out, &oracle, &eager);
-                    let l = judge_lse(&p, &lse, &oracle, &eager);
-                    n += 1;
-                    fails += usize::from(!r.pass);
-                    lse_fails += usize::from(!l.pass);
-                    worst = worst.max(r.max_ulp - 1.5 * r.max_ulp_ref);
-                    worst_lse = worst_lse.max(l.ratio);
-                    if r.rel_fro_ref > 0.0 {
-                        fro += (r.rel_fro / r.rel_fro_ref).max(1e-3).ln();
-                    }
-                }
-                println!(
-                    "{dtype} {name} model {model}: {n} cases, {fails} fail, {lse_fails} lse fail; worst excess {worst:.3} lse {worst_lse:.3} fro ratio {:.3}",
-                    (fro / n as f64).exp()
-                );
-            }
-        }
     }
 }

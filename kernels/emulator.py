@@ -1,0 +1,912 @@
+"""Runs the source of a Hopper Gluon kernel on the CPU, to find the errors that a GPU shows rarely and late.
+
+One CTA at a time, its partitions (warpgroups, producer warp) take turns. What is asynchronous on the GPU is asynchronous
+here: TMA copies land in pieces, at any moment after their issue; WGMMA reads its operands at any moment before the wait
+for it; barriers count arrivals and bytes. One seeded generator makes every choice, so a failure reproduces, and a
+deadlock is the moment when nobody can move.
+
+Races do not depend on luck. Every partition and every asynchronous operation carries a vector clock, barriers and waits
+join them, and each access to a shared-memory tile is compared with the accesses before it: two that conflict and are not
+ordered are a `Race`, whatever order the schedule happened to take (Flanagan and Freund, FastTrack, PLDI 2009).
+
+Numbers are those of the GPU up to the order of sums: f32 arithmetic, operands rounded to f16 or bf16, integer division
+that truncates. Not modelled: layouts and swizzles, the cost of anything, more than one CTA at a time.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import math
+import random
+import re
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+THREADS_PER_WARP = 32
+WARPGROUP = 4  # warps
+
+
+class KernelError(Exception):
+    """The kernel did something that is wrong, or undefined, on the GPU."""
+
+
+class Race(KernelError):
+    """Two accesses to shared memory, at least one a write, that nothing orders."""
+
+
+class Deadlock(KernelError):
+    """Nobody can move."""
+
+
+class _Aborted(BaseException):
+    """Unwinds the other partitions after one has failed."""
+
+
+# --- values ---
+
+
+@dataclass(frozen=True)
+class DType:
+    name: str
+    itemsize: int
+    numpy: Any  # what a tensor of this type is kept in
+
+    def round(self, x: np.ndarray) -> np.ndarray:
+        """`x` as the nearest values of this type, ties to even."""
+        if self.name == "bf16":
+            bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+            up = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+            return np.where(np.isnan(x), np.float32(np.nan), up.view(np.float32)).reshape(np.shape(x))
+        if self.name == "f16":
+            return np.asarray(x, np.float16).astype(np.float32)
+        return np.asarray(x).astype(self.numpy)
+
+
+FLOAT16 = DType("f16", 2, np.float32)
+BFLOAT16 = DType("bf16", 2, np.float32)
+FLOAT32 = DType("f32", 4, np.float32)
+INT32 = DType("i32", 4, np.int32)
+UINT32 = DType("u32", 4, np.uint32)
+INT64 = DType("i64", 8, np.int64)
+
+
+class Tensor:
+    """A tensor in registers, or a scalar: f32, integers or booleans."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: Any):
+        self.value = np.asarray(value)
+        if self.value.dtype == np.float64:
+            self.value = self.value.astype(np.float32)
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.value.shape)
+
+    @property
+    def type(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(layout=None)
+
+    def to(self, dtype: DType) -> Tensor:
+        return Tensor(dtype.round(self.value))
+
+    def reshape(self, shape: Sequence[int]) -> Tensor:
+        return Tensor(self.value.reshape(shape))
+
+    def __index__(self) -> int:
+        if self.value.shape or not np.issubdtype(self.value.dtype, np.integer):
+            raise KernelError("a scalar integer is needed here")
+        return int(self.value)
+
+    def __bool__(self) -> bool:
+        if self.value.shape:
+            raise KernelError("control flow depends on a tensor")
+        return bool(self.value)
+
+    def _with(self, other: Any, operation: Callable[..., Any], swap: bool = False) -> Tensor:
+        x, y = self.value, _value(other)
+        # A Python number takes the type of the tensor it meets.
+        if not isinstance(y, np.ndarray):
+            y = np.asarray(y, np.float32 if isinstance(y, float) and x.dtype != np.float32 else x.dtype)
+        return Tensor(operation(y, x) if swap else operation(x, y))
+
+    def __add__(self, y: Any) -> Tensor:
+        return self._with(y, np.add)
+
+    def __radd__(self, y: Any) -> Tensor:
+        return self._with(y, np.add, True)
+
+    def __sub__(self, y: Any) -> Tensor:
+        return self._with(y, np.subtract)
+
+    def __rsub__(self, y: Any) -> Tensor:
+        return self._with(y, np.subtract, True)
+
+    def __mul__(self, y: Any) -> Tensor:
+        return self._with(y, np.multiply)
+
+    def __rmul__(self, y: Any) -> Tensor:
+        return self._with(y, np.multiply, True)
+
+    def __truediv__(self, y: Any) -> Tensor:
+        return self._with(y, np.divide)
+
+    def __rtruediv__(self, y: Any) -> Tensor:
+        return self._with(y, np.divide, True)
+
+    def __floordiv__(self, y: Any) -> Tensor:
+        return self._with(y, _truncated_quotient)
+
+    def __rfloordiv__(self, y: Any) -> Tensor:
+        return self._with(y, _truncated_quotient, True)
+
+    def __mod__(self, y: Any) -> Tensor:
+        return self._with(y, np.fmod)
+
+    def __rmod__(self, y: Any) -> Tensor:
+        return self._with(y, np.fmod, True)
+
+    def __and__(self, y: Any) -> Tensor:
+        return self._with(y, np.bitwise_and)
+
+    def __or__(self, y: Any) -> Tensor:
+        return self._with(y, np.bitwise_or)
+
+    def __xor__(self, y: Any) -> Tensor:
+        return self._with(y, np.bitwise_xor)
+
+    def __lt__(self, y: Any) -> Tensor:
+        return self._with(y, np.less)
+
+    def __le__(self, y: Any) -> Tensor:
+        return self._with(y, np.less_equal)
+
+    def __gt__(self, y: Any) -> Tensor:
+        return self._with(y, np.greater)
+
+    def __ge__(self, y: Any) -> Tensor:
+        return self._with(y, np.greater_equal)
+
+    def __eq__(self, y: Any) -> Tensor:  # type: ignore[override]
+        return self._with(y, np.equal)
+
+    def __ne__(self, y: Any) -> Tensor:  # type: ignore[override]
+        return self._with(y, np.not_equal)
+
+
+def _truncated_quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    if not np.all(y):
+        raise KernelError("integer division by zero")
+    return (x - np.fmod(x, y)) // y
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, Tensor) else x
+
+
+def scalar(x: bool | int | float) -> Tensor:
+    """A Python number as the runtime argument of a kernel: i32 or f32."""
+    return Tensor(np.asarray(x, np.float32 if isinstance(x, float) else np.int32))
+
+
+# --- global memory ---
+
+
+Kernel = Callable[..., Any]
+
+
+class Pointer:
+    """Elements of a one-dimensional array in global memory. `Pointer(None)` is null."""
+
+    def __init__(self, array: np.ndarray | None, offset: Any = 0, written: np.ndarray | None = None):
+        self.array = array
+        self.offset = offset
+        self.written = np.zeros(0 if array is None else array.shape, bool) if written is None else written
+
+    def to(self, dtype: DType) -> Tensor:
+        return Tensor(np.asarray(0 if self.array is None else 1 << 40, dtype.numpy))
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.array, self.offset + _value(offset), self.written)
+
+    def store(self, value: Tensor, mask: Tensor | None) -> None:
+        offset, x, on = np.broadcast_arrays(self.offset, value.value, True if mask is None else mask.value)
+        offset = offset[on]
+        if offset.size == 0:
+            return
+        if self.array is None:
+            raise KernelError("a store to null")
+        if offset.min() < 0 or offset.max() >= self.array.size:
+            raise KernelError("a store out of bounds")
+        if self.written[offset].any() or np.unique(offset).size < offset.size:
+            raise KernelError("an element is stored twice")
+        self.written[offset] = True
+        self.array[offset] = x[on]
+
+
+class Descriptor:
+    """A tensor map over `array` (batch, heads, seq, head_dim) with tiles of shape `block`."""
+
+    layout = None
+
+    def __init__(self, array: np.ndarray, block: Sequence[int], dtype: DType):
+        self.array = array
+        self.dtype = dtype
+        self.written = np.zeros(array.shape, bool)
+        nbytes = math.prod(block) * dtype.itemsize
+        self.block_type = types.SimpleNamespace(shape=list(block), nbytes=nbytes)
+
+    def _box(self, coordinates: Sequence[Any]) -> tuple[tuple[int, int], int, int]:
+        """(batch, head), and the rows of the box, some of which may not exist."""
+        batch, head, row, column = (int(_value(c)) for c in coordinates)
+        if not (0 <= batch < self.array.shape[0] and 0 <= head < self.array.shape[1] and column == 0):
+            raise KernelError(f"no such batch, head or column: {batch, head, column}")
+        return (batch, head), row, row + self.block_type.shape[2]
+
+    def read(self, coordinates: Sequence[Any]) -> np.ndarray:
+        """The tile at `coordinates`, zero beyond the array."""
+        index, begin, end = self._box(coordinates)
+        tile = np.zeros(self.block_type.shape, np.float32)
+        lo, hi = max(begin, 0), min(end, self.array.shape[2])
+        if lo < hi:
+            tile[0, 0, lo - begin : hi - begin, : self.array.shape[3]] = self.array[index][lo:hi]
+        return tile
+
+    def write(self, coordinates: Sequence[Any], tile: np.ndarray) -> None:
+        index, begin, end = self._box(coordinates)
+        lo, hi = max(begin, 0), min(end, self.array.shape[2])
+        if lo >= hi:
+            return
+        if self.written[index][lo:hi].any():
+            raise KernelError("an element of the output is stored twice")
+        self.written[index][lo:hi] = True
+        self.array[index][lo:hi] = tile.reshape(self.block_type.shape)[0, 0, lo - begin : hi - begin, : self.array.shape[3]]
+
+
+# --- order: vector clocks and accesses ---
+
+
+class Agent:
+    """Something that acts in an order of its own: a partition, or one asynchronous operation."""
+
+    def __init__(self, machine: Machine, name: str, parent: Agent | None = None):
+        machine.agents += 1
+        self.id = machine.agents
+        self.name = name
+        self.clock: dict[int, int] = dict(parent.clock) if parent else {}
+        self.clock[self.id] = 1
+
+    def tick(self) -> None:
+        """Later actions are not covered by what was published so far."""
+        self.clock[self.id] += 1
+
+
+def _join(clock: dict[int, int], other: dict[int, int]) -> None:
+    for agent, time in other.items():
+        if clock.get(agent, 0) < time:
+            clock[agent] = time
+
+
+@dataclass
+class Access:
+    agent: Agent
+    time: int
+    rows: range
+    write: bool
+    generic: bool  # by ordinary instructions, not by the asynchronous proxy (TMA, WGMMA)
+    what: str
+    fenced: bool = False
+
+
+class Buffer:
+    """One tile of shared memory, and the accesses that a later one must be ordered after."""
+
+    def __init__(self, name: str, shape: Sequence[int], dtype: DType):
+        self.name = name
+        self.data = np.full(shape, np.nan, np.float32)
+        self.dtype = dtype
+        self.written = np.zeros(shape[-2], bool)
+        self.accesses: list[Access] = []
+
+    def access(self, agent: Agent, rows: range, what: str, write: bool = False, generic: bool = False) -> Access:
+        new = Access(agent, agent.clock[agent.id], rows, write, generic, what)
+        for old in self.accesses:
+            if not (write or old.write) or old.rows.stop <= rows.start or rows.stop <= old.rows.start:
+                continue
+            if agent.clock.get(old.agent.id, 0) < old.time:
+                raise Race(f"{self.name}: {what} by {agent.name} is not ordered after {old.what} by {old.agent.name}")
+            if old.write and old.generic and not generic and not old.fenced:
+                raise Race(f"{self.name}: no fence_async_shared between {old.what} and {what} by {agent.name}")
+        if write:
+            self.written[rows.start : rows.stop] = True
+            # What the write covers is ordered before it, and so before all that is ordered after it.
+            self.accesses = [a for a in self.accesses if a.rows.start < rows.start or rows.stop < a.rows.stop]
+        elif not self.written[rows.start : rows.stop].all():
+            raise Race(f"{self.name}: {what} by {agent.name} before anything was written")
+        self.accesses.append(new)
+        return new
+
+
+class Barrier:
+    """An mbarrier: a phase ends when `count` arrivals and all expected bytes have come."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.count = 0
+        self.pending = 0
+        self.bytes = 0
+        self.phase = 0
+        self.fenced = False
+        self.arrived: dict[int, int] = {}
+        self.ended: dict[int, int] = {}
+
+    def check(self) -> None:
+        if not self.count:
+            raise KernelError(f"{self.name} is used before its initialisation")
+
+    def arrive(self, agent: Agent, count: int = 0, expect: int = 0, complete: int = 0) -> None:
+        self.check()
+        if count > self.pending:
+            raise KernelError(f"{self.name}: {agent.name} arrives {count} times, {self.pending} are left")
+        _join(self.arrived, agent.clock)
+        agent.tick()
+        self.pending -= count
+        self.bytes += expect - complete
+        if self.pending == 0 and self.bytes == 0:
+            self.phase ^= 1
+            self.pending = self.count
+            _join(self.ended, self.arrived)
+
+
+class NamedBarrier:
+    """A hardware barrier (`bar.sync`, `bar.arrive`), complete when `threads` have come."""
+
+    def __init__(self) -> None:
+        self.threads = 0
+        self.come = 0
+        self.generation = 0
+        self.arrived: dict[int, int] = {}
+        self.ended: dict[int, int] = {}
+
+    def arrive(self, agent: Agent, come: int, threads: int) -> None:
+        if self.come and self.threads != threads:
+            raise KernelError(f"a named barrier of {self.threads} and of {threads} threads")
+        self.threads = threads
+        self.come += come
+        if self.come > threads:
+            raise KernelError("too many threads at a named barrier")
+        _join(self.arrived, agent.clock)
+        agent.tick()
+        if self.come == threads:
+            self.come = 0
+            self.generation += 1
+            _join(self.ended, self.arrived)
+
+
+# --- who moves next ---
+
+
+@dataclass
+class Event:
+    """An asynchronous operation that may happen now, but for those before it in its queue."""
+
+    kind: str
+    run: Callable[[], None]
+    queue: deque[Event] | None = None
+
+
+class Partition(Agent):
+    """Warps that run one function together."""
+
+    def __init__(self, machine: Machine, name: str, warps: int, parent: Agent | None = None):
+        super().__init__(machine, name, parent)
+        self.machine = machine
+        self.warps = warps
+        self.turn = threading.Semaphore(0)
+        self.ready: Callable[[], bool] = lambda: True
+        self.doing = "its start"
+        self.done = False
+        self.mmas: deque[Event] = deque()
+        self.results: deque[Accumulator] = deque()
+        self.stores = 0  # that still read shared memory
+        self.stored: dict[int, int] = {}
+        self.elected: dict[int, int] = {}  # what the one thread knows that issued the stores
+        self.unfenced: list[Access | Barrier] = []
+
+    def step(self, doing: str, ready: Callable[[], bool] = lambda: True) -> None:
+        """Let anybody move, then go on when `ready`."""
+        self.doing, self.ready = doing, ready
+        self.machine.yield_from(self)
+        self.machine.trace.append(f"{self.name}: {doing}")
+
+
+class Machine:
+    """One CTA."""
+
+    SPEEDS = (1, 8, 64)
+
+    def __init__(self, program: int, programs: int, warps: int, seed: int):
+        self.program = program
+        self.programs = programs
+        self.random = random.Random(f"{seed} {program}")
+        self.agents = 0
+        self.events: list[Event] = []
+        self.barriers: list[Barrier] = []
+        self.named: dict[int, NamedBarrier] = {}
+        self.trace: deque[str] = deque(maxlen=24)
+        self.partitions: list[Partition] = []
+        self.failure: BaseException | None = None
+        self.main = Partition(self, "main", warps)
+        self.speeds: dict[str, int] = {}
+
+    def speed(self, kind: str) -> int:
+        """Every schedule has its own fast and slow partitions, copies and matrix products."""
+        return self.speeds.setdefault(kind, self.random.choice(self.SPEEDS))
+
+    def yield_from(self, current: Partition) -> None:
+        if not self.partitions:
+            if not current.ready():
+                raise Deadlock(f"{current.name} waits for ever: {current.doing}")
+            return
+        chosen = self.choose()
+        if chosen is not current:
+            chosen.turn.release()
+            if not current.done:
+                current.turn.acquire()
+        if self.failure and not current.done:
+            raise _Aborted
+
+    def choose(self) -> Partition:
+        """Run events until it is a partition's turn."""
+        while True:
+            partitions = [p for p in self.partitions if not p.done and p.ready()]
+            events = [e for e in self.events if e.queue is None or e.queue[0] is e]
+            choices: list[Partition | Event] = [*partitions, *events]
+            if not choices:
+                waiting = "; ".join(f"{p.name}: {p.doing}" for p in self.partitions if not p.done)
+                raise Deadlock(f"nobody can move: {waiting}")
+            weights = [self.speed(c.name if isinstance(c, Partition) else c.kind) for c in choices]
+            chosen = self.random.choices(choices, weights)[0]
+            if isinstance(chosen, Partition):
+                return chosen
+            self.happen(chosen)
+
+    def happen(self, event: Event) -> None:
+        self.events.remove(event)
+        if event.queue is not None:
+            event.queue.popleft()
+        event.run()
+
+    def run(self, functions: Sequence[tuple[Callable[..., Any], Sequence[Any]]], warps: Sequence[int]) -> None:
+        """`warp_specialize`: all functions at once, each in a partition of its own."""
+        names = [f"{function.__name__}[{i}]" for i, (function, _) in enumerate(functions)]
+        self.partitions = [Partition(self, n, w, self.main) for n, w in zip(names, warps, strict=True)]
+        threads = [
+            threading.Thread(target=self._run, args=(partition, function, arguments), daemon=True)
+            for partition, (function, arguments) in zip(self.partitions, functions, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        self.choose().turn.release()
+        for thread in threads:
+            thread.join()
+        if self.failure:
+            raise self.failure
+        for partition in self.partitions:
+            _join(self.main.clock, partition.clock)
+        self.partitions = []
+
+    def _run(self, partition: Partition, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        _here.partition = partition
+        partition.turn.acquire()
+        try:
+            with np.errstate(all="ignore"):
+                if not self.failure:
+                    function(*arguments)
+            if partition.mmas or partition.results:
+                raise KernelError(f"{partition.name} ends with a matrix product in flight")
+            if partition.stores:
+                raise KernelError(f"{partition.name} ends while a TMA store reads shared memory")
+            partition.done = True
+            if not all(p.done for p in self.partitions):
+                self.yield_from(partition)
+        except BaseException as error:
+            partition.done = True
+            if not self.failure:
+                self.failure = error
+            for other in self.partitions:
+                if not other.done:
+                    other.turn.release()
+
+    def check_end(self) -> None:
+        if self.events:
+            raise KernelError(f"the CTA ends with a {self.events[0].kind} in flight")
+        for barrier in self.barriers:
+            if barrier.pending != barrier.count or barrier.bytes:
+                raise KernelError(f"{barrier.name}: the CTA ends in the middle of a phase")
+        for number, named in self.named.items():
+            if named.come:
+                raise KernelError(f"named barrier {number}: the CTA ends with threads waiting or arrived")
+
+
+class _Here(threading.local):
+    partition: Partition
+
+
+_here = _Here()
+
+
+# --- shared memory as kernels see it ---
+
+
+class Tile:
+    """A view of a buffer."""
+
+    def __init__(self, buffer: Buffer, data: np.ndarray):
+        self.buffer = buffer
+        self.data = data
+        self.dtype = buffer.dtype
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    def reshape(self, shape: Sequence[int]) -> Tile:
+        data = self.data.reshape(shape)
+        assert np.shares_memory(data, self.data)
+        return Tile(self.buffer, data)
+
+    def permute(self, order: Sequence[int]) -> Tile:
+        return Tile(self.buffer, self.data.transpose(order))
+
+    def store(self, value: Tensor) -> None:
+        me = _here.partition
+        me.step(f"store to {self.buffer.name}")
+        if list(value.shape) != self.shape:
+            raise KernelError(f"{value.shape} stored to {self.shape}")
+        me.unfenced.append(self.buffer.access(me, self.rows(), "a store", write=True, generic=True))
+        self.data[...] = value.value
+
+    def rows(self) -> range:
+        return range(self.buffer.data.shape[-2])
+
+
+@dataclass
+class Shared:
+    """An allocation of several tiles or barriers."""
+
+    items: list[Any]
+    dtype: DType
+
+    def index(self, i: Any) -> Any:
+        n = int(_value(i))
+        if not 0 <= n < len(self.items):
+            raise KernelError(f"index {n} of {len(self.items)}")
+        return self.items[n]
+
+
+@dataclass(eq=False)
+class Accumulator:
+    """The result of a matrix product in flight: nothing may use it before the wait."""
+
+    agent: Agent
+    value: np.ndarray | None = None
+
+
+# --- the language ---
+
+
+def _elementwise(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *args: Tensor(function(*(_value(a) for a in args)))
+
+
+def _where(condition: Tensor, x: Any, y: Any) -> Tensor:
+    a, b = _value(x), _value(y)
+    kind = next((v.dtype for v in (a, b) if isinstance(v, np.ndarray)), None)
+    return Tensor(np.where(condition.value, a, b).astype(kind))
+
+
+def _allocate(dtype: DType, shape: Sequence[int], layout: Any) -> Shared:
+    machine = _here.partition.machine
+    number = len(machine.barriers)
+    if dtype is INT64:
+        barriers = [Barrier(f"mbarrier {number + i}") for i in range(shape[0])]
+        machine.barriers += barriers
+        return Shared(list(barriers), dtype)
+    buffers = [Buffer(f"tile {i} allocated before mbarrier {number}", shape[1:], dtype) for i in range(shape[0])]
+    return Shared([Tile(buffer, buffer.data) for buffer in buffers], dtype)
+
+
+def _barrier_init(barrier: Barrier, count: int) -> None:
+    if barrier.count:
+        raise KernelError(f"{barrier.name} is initialised twice")
+    barrier.count = barrier.pending = count
+    _here.partition.unfenced.append(barrier)
+
+
+def _barrier_wait(barrier: Barrier, phase: Any, pred: Any = True) -> None:
+    if not _value(pred):
+        return
+    barrier.check()
+    parity = int(_value(phase))
+    if parity not in (0, 1):
+        raise KernelError(f"{barrier.name}: phase {parity}")
+    me = _here.partition
+    me.step(f"wait for phase {parity} of {barrier.name}", lambda: barrier.phase != parity)
+    _join(me.clock, barrier.ended)
+
+
+def _barrier_expect(barrier: Barrier, nbytes: int) -> None:
+    me = _here.partition
+    me.step(f"expect {nbytes} bytes at {barrier.name}")
+    barrier.arrive(me, count=1, expect=nbytes)
+
+
+def _barrier_arrive(barrier: Barrier, *, count: int = 1) -> None:
+    me = _here.partition
+    me.step(f"arrive at {barrier.name}")
+    barrier.arrive(me, count=count)
+
+
+def _fence() -> None:
+    me = _here.partition
+    for item in me.unfenced:
+        item.fenced = True
+    me.unfenced.clear()
+
+
+def _block_barrier() -> None:
+    me = _here.partition
+    _join(me.clock, me.elected)
+
+
+def _tma_load(descriptor: Descriptor, coordinates: Sequence[Any], barrier: Barrier, tile: Tile) -> None:
+    me = _here.partition
+    me.step(f"TMA load of {tile.buffer.name}")
+    barrier.check()
+    if not barrier.fenced:
+        raise Race(f"{barrier.name}: no fence_async_shared between its initialisation and a TMA load")
+    if tile.shape != descriptor.block_type.shape:
+        raise KernelError(f"a box of {descriptor.block_type.shape} for a tile of {tile.shape}")
+    source = descriptor.read(coordinates)
+    rows = source.shape[2]
+    for piece in (range(rows // 2), range(rows // 2, rows)):
+
+        def land(piece: range = piece, agent: Agent = Agent(me.machine, "a TMA load", me)) -> None:
+            tile.buffer.access(agent, piece, "its write", write=True)
+            tile.data[:, :, piece.start : piece.stop] = source[:, :, piece.start : piece.stop]
+            barrier.arrive(agent, complete=descriptor.block_type.nbytes * len(piece) // rows)
+
+        me.machine.events.append(Event("TMA load", land))
+    me.tick()
+
+
+def _tma_store(descriptor: Descriptor, coordinates: Sequence[Any], tile: Tile) -> None:
+    me = _here.partition
+    me.step(f"TMA store of {tile.buffer.name}")
+    agent = Agent(me.machine, "a TMA store", me)
+    me.tick()
+    me.stores += 1
+
+    def read() -> None:
+        tile.buffer.access(agent, tile.rows(), "its read")
+        descriptor.write(coordinates, tile.data)
+        me.stores -= 1
+        _join(me.stored, agent.clock)
+
+    me.machine.events.append(Event("TMA store", read))
+
+
+def _tma_store_wait(pendings: int) -> None:
+    if pendings:
+        raise NotImplementedError("store_wait with stores left pending")
+    me = _here.partition
+    me.step("wait for TMA stores", lambda: me.stores == 0)
+    # Only the thread that issued the stores has waited; the others learn of it at the next barrier.
+    _join(me.elected, me.stored)
+
+
+def _mma(a: Any, b: Tile, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Accumulator:
+    me = _here.partition
+    if not is_async or me.warps != WARPGROUP:
+        raise NotImplementedError("only asynchronous products of a whole warpgroup")
+    me.step("issue a matrix product")
+    if isinstance(acc, Accumulator) and acc not in me.results:
+        raise KernelError("the accumulator of a product that is over")
+    result = Accumulator(Agent(me.machine, f"WGMMA of {me.name}", me))
+    me.tick()
+
+    def multiply() -> None:
+        for operand in (a, b):
+            if isinstance(operand, Tile):
+                operand.buffer.access(result.agent, operand.rows(), "its read")
+        x = a.data if isinstance(a, Tile) else a.value
+        product = x.astype(np.float32) @ b.data
+        if use_acc:
+            product = product + acc.value
+        result.value = product.astype(np.float32)
+
+    event = Event("WGMMA", multiply, me.mmas)
+    me.mmas.append(event)
+    me.results.append(result)
+    me.machine.events.append(event)
+    return result
+
+
+def _mma_wait(num_outstanding: int = 0, deps: Sequence[Accumulator] = ()) -> Any:
+    me = _here.partition
+    me.step(f"wait until {num_outstanding} matrix products are in flight", lambda: len(me.mmas) <= num_outstanding)
+    while len(me.results) > num_outstanding:
+        _join(me.clock, me.results.popleft().agent.clock)
+    if any(result in me.results for result in deps):
+        raise KernelError("the result of a matrix product is used while it is in flight")
+    values = tuple(Tensor(result.value) for result in deps)
+    return values[0] if len(values) == 1 else values
+
+
+def _inline_asm(asm: str, constraints: str = "", args: Sequence[Any] = ()) -> None:
+    me = _here.partition
+    if match := re.fullmatch(r"bar\.(sync|arrive) (\d+), (\d+);", asm):
+        number, threads = int(match[2]), int(match[3])
+        if not 1 + len(me.machine.partitions) < number < 16:
+            raise KernelError(f"named barrier {number} belongs to Triton or does not exist")
+        named = me.machine.named.setdefault(number, NamedBarrier())
+        me.step(asm)
+        generation = named.generation
+        named.arrive(me, THREADS_PER_WARP * me.warps, threads)
+        if match[1] == "sync":
+            me.step(f"wait at {asm}", lambda: named.generation != generation)
+            _join(me.clock, named.ended)
+    elif "elect.sync" in asm and "@p mbarrier.arrive.shared::cta.b64 _, [$0];" in asm:
+        me.step(f"arrive, a warp at a time, at {args[0].name}")
+        args[0].check()
+        # Warps may straddle the end of a phase.
+        for _ in range(me.warps):
+            args[0].arrive(me, count=1)
+    else:
+        raise NotImplementedError(asm)
+
+
+def _inline_asm_elementwise(
+    asm: str, constraints: str, args: Sequence[Any], dtype: DType, is_pure: bool, pack: int
+) -> Tensor:
+    if asm == "lg2.approx.ftz.f32 $0, $1;":
+        return Tensor(np.log2(args[0].value))
+    raise NotImplementedError(asm)
+
+
+def _warp_specialize(
+    functions: Sequence[tuple[Callable[..., Any], Sequence[Any]]], warps: Sequence[int], registers: Sequence[int]
+) -> None:
+    main = _here.partition
+    all_warps = [main.warps, *warps]
+    # Worker warps come in fours, and every warp of a four has the registers of that partition.
+    slots = [math.ceil(n / WARPGROUP) * WARPGROUP for n in all_warps]
+    launched = 65536 // (sum(slots) * THREADS_PER_WARP) // 8 * 8
+    left = launched * sum(slots) - sum(n * r for n, r in zip(slots[1:], registers, strict=True))
+    if left < 24 * slots[0] or any(r % 8 or not 24 <= r <= 256 for r in registers):
+        raise KernelError(f"no such split of the registers: {list(registers)}, {left // slots[0]} left")
+    main.machine.run(functions, all_warps)
+
+
+def _static_assert(condition: bool, message: str = "") -> None:
+    if not condition:
+        raise KernelError(f"static_assert: {message}")
+
+
+def _no_layout(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _stub(name: str, **members: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    return module
+
+
+_language = _stub(
+    "language",
+    constexpr=lambda value: value,
+    tensor=Tensor,
+    shared_memory_descriptor=Shared,
+    float16=FLOAT16,
+    bfloat16=BFLOAT16,
+    float32=FLOAT32,
+    int32=INT32,
+    uint32=UINT32,
+    int64=INT64,
+    NVMMADistributedLayout=_no_layout,
+    NVMMASharedLayout=_no_layout,
+    DotOperandLayout=_no_layout,
+    SliceLayout=_no_layout,
+    static_range=range,
+    static_assert=_static_assert,
+    program_id=lambda axis: scalar(_here.partition.machine.program),
+    num_programs=lambda axis: scalar(_here.partition.machine.programs),
+    to_tensor=lambda x: x if isinstance(x, Tensor) else scalar(x),
+    arange=lambda begin, end, layout=None: Tensor(np.arange(begin, end, dtype=np.int32)),
+    zeros=lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype.numpy)),
+    full=lambda shape, value, dtype, layout=None: Tensor(np.full(shape, value, dtype.numpy)),
+    convert_layout=lambda x, layout, assert_trivial=False: x,
+    expand_dims=lambda x, axis: Tensor(np.expand_dims(x.value, axis)),
+    where=_where,
+    # As on the GPU, the maximum of a number and NaN is the number.
+    maximum=lambda x, y: x._with(y, np.fmax) if isinstance(x, Tensor) else y._with(x, np.fmax),
+    minimum=lambda x, y: x._with(y, np.fmin) if isinstance(x, Tensor) else y._with(x, np.fmin),
+    max=lambda x, axis: Tensor(np.fmax.reduce(x.value, axis)),
+    sum=lambda x, axis: Tensor(x.value.sum(axis, dtype=x.value.dtype)),
+    exp2=_elementwise(np.exp2),
+    store=lambda pointer, value, mask=None: pointer.store(value, mask),
+    allocate_shared_memory=_allocate,
+    barrier=_block_barrier,
+    inline_asm=_inline_asm,
+    inline_asm_elementwise=_inline_asm_elementwise,
+    warp_specialize=_warp_specialize,
+)
+_hopper = _stub(
+    "hopper",
+    fence_async_shared=_fence,
+    mbarrier=types.SimpleNamespace(
+        MBarrierLayout=_no_layout,
+        init=_barrier_init,
+        wait=_barrier_wait,
+        expect=_barrier_expect,
+        arrive=_barrier_arrive,
+    ),
+    tma=types.SimpleNamespace(async_load=_tma_load, async_store=_tma_store, store_wait=_tma_store_wait),
+    warpgroup_mma=_mma,
+    warpgroup_mma_wait=_mma_wait,
+)
+_gluon = _stub(
+    "gluon",
+    language=_language,
+    jit=lambda function: function,
+    aggregate=lambda cls: dataclasses.dataclass(frozen=True, eq=False)(cls),
+)
+_MODULES = {
+    "triton.experimental": _stub("experimental", gluon=_gluon),
+    "triton.experimental.gluon": _gluon,
+    "triton.experimental.gluon.language.nvidia.hopper": _hopper,
+}
+
+
+def load(source: str, name: str = "kernel") -> dict[str, Any]:
+    """The names that the text of a Gluon module defines, with the emulated language in place of Triton's."""
+
+    def emulated_import(module: str, *args: Any, **kwargs: Any) -> Any:
+        return _MODULES[module] if module in _MODULES else builtins.__import__(module, *args, **kwargs)
+
+    namespace: dict[str, Any] = {
+        "__name__": name,
+        "__builtins__": {**vars(builtins), "__import__": emulated_import},
+    }
+    exec(compile(source, name, "exec"), namespace)
+    return namespace
+
+
+def launch(kernel: Callable[..., Any], grid: int, arguments: Sequence[Any], *, warps: int = 4, seed: int = 0) -> None:
+    """Run `grid` CTAs one after the other. Raises `KernelError` for what they do wrong."""
+    for program in range(grid):
+        machine = Machine(program, grid, warps, seed)
+        _here.partition = machine.main
+        try:
+            with np.errstate(all="ignore"):
+                kernel(*arguments)
+            machine.check_end()
+        except Exception as error:
+            error.add_note(f"seed {seed}, CTA {program} of {grid}; before it:")
+            error.add_note("\n".join(machine.trace))
+            raise
+
+
+def schedules(count: int, first: int = 0) -> Iterator[int]:
+    """Seeds, for readers of tests."""
+    return iter(range(first, first + count))

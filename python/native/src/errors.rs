@@ -1,0 +1,76 @@
+//! From the library's errors to Python's exceptions, which `flashcore/errors.py` defines.
+
+use flashcore::Error;
+use pyo3::prelude::*;
+
+mod classes {
+    #![allow(missing_docs, reason = "documented where they are defined, in Python")]
+
+    use pyo3::import_exception;
+
+    import_exception!(flashcore.errors, FlashCoreError);
+    import_exception!(flashcore.errors, InvalidArgumentError);
+    import_exception!(flashcore.errors, UnsupportedError);
+    import_exception!(flashcore.errors, DriverError);
+    import_exception!(flashcore.errors, DriverNotFoundError);
+    import_exception!(flashcore.errors, DriverTooOldError);
+    import_exception!(flashcore.errors, ContextLostError);
+    import_exception!(flashcore.errors, DeviceNotFoundError);
+    import_exception!(flashcore.errors, BundleError);
+    import_exception!(flashcore.errors, BundleNotFoundError);
+    import_exception!(flashcore.errors, OutOfMemoryError);
+}
+
+/// An exception on its way to Python; made by `?` from a library error or from a Python one.
+#[derive(Debug)]
+pub(crate) struct Failure(PyErr);
+
+pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
+
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Self(error)
+    }
+}
+
+impl From<Failure> for PyErr {
+    fn from(failure: Failure) -> Self {
+        failure.0
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        Self(match error {
+            Error::InvalidArgument { .. } => classes::InvalidArgumentError::new_err(message),
+            Error::Unsupported(_) => classes::UnsupportedError::new_err(message),
+            Error::DriverNotFound { .. } => classes::DriverNotFoundError::new_err(message),
+            Error::DriverTooOld { .. } => classes::DriverTooOldError::new_err(message),
+            Error::ContextLost { .. } => classes::ContextLostError::new_err(message),
+            Error::Driver { .. } => classes::DriverError::new_err(message),
+            Error::NoDevice { .. } => classes::DeviceNotFoundError::new_err(message),
+            Error::NoBundle { .. } => classes::BundleNotFoundError::new_err(message),
+            Error::Bundle(_) => classes::BundleError::new_err(message),
+            Error::OutOfMemory { .. } => classes::OutOfMemoryError::new_err(message),
+            _ => classes::FlashCoreError::new_err(message),
+        })
+    }
+}
+
+/// A malformed argument, in the library's words.
+pub(crate) fn invalid(argument: &'static str, given: impl ToString, accepted: impl ToString) -> Error {
+    Error::InvalidArgument { argument, given: given.to_string(), accepted: accepted.to_string() }
+}
+
+/// A valid request that is not there yet.
+pub(crate) fn unsupported(message: impl Into<String>) -> Failure {
+    Failure(classes::UnsupportedError::new_err(message.into()))
+}
+
+/// A bug of ours, contained.
+pub(crate) fn internal(panic: &(dyn std::any::Any + Send)) -> Failure {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let message = format!("internal error, please report it: {}", text.unwrap_or("no message"));
+    Failure(classes::FlashCoreError::new_err(message))
+}
