@@ -173,18 +173,23 @@ def check_interface(facts: CubinFacts, sizes: list[int], block_threads: int) -> 
         raise CompileError(f"the cubin wants {facts.block_threads} threads, the compiler said {block_threads}")
 
 
+def check_resources(arch: str, shared: int, scratch: int, log: str) -> None:
+    """Refuse code that cannot be launched, or that ptxas says is slow."""
+    if shared > ARCHES[arch]:
+        raise CompileError(f"{shared} bytes of shared memory, and {arch} has {ARCHES[arch]}")
+    if scratch:
+        raise CompileError(f"the kernel asks for {scratch} bytes of scratch memory")
+    if warnings := re.findall(r".*\(C75\d\d\).*", log):
+        raise CompileError("ptxas serialised WGMMA: " + " ".join(warnings))
+
+
 def _compile_launch(spec: Spec, launch: Launch) -> Member:
     kernel, log = _triton_compile(launch, spec.arch)
     meta = kernel.metadata
     params = expand_params(launch, meta.tensordesc_meta)
     facts = cubin_facts(kernel.asm["cubin"])
     check_interface(facts, [size for _, size in params], 32 * meta.num_warps)
-    if meta.global_scratch_size or meta.profile_scratch_size:
-        raise CompileError("the kernel asks for scratch memory")
-    if meta.shared > ARCHES[spec.arch]:
-        raise CompileError(f"{meta.shared} bytes of shared memory, and {spec.arch} has {ARCHES[spec.arch]}")
-    if warnings := re.findall(r".*C75\d\d.*", log):
-        raise CompileError("ptxas serialised WGMMA: " + " ".join(warnings))
+    check_resources(spec.arch, meta.shared, meta.global_scratch_size + meta.profile_scratch_size, log)
     # For PTX, registers and stack are those of the same text assembled for the lowest architecture it runs on.
     kind = "ptx" if spec.arch.startswith("compute_") else "cubin"
     code = kernel.asm["ptx"].encode() if kind == "ptx" else kernel.asm["cubin"]
@@ -257,10 +262,9 @@ def compile_all(specs: list[Spec], jobs: int) -> Iterator[tuple[Spec, list[Membe
             while waiting and len(running) < jobs:
                 spec = waiting.pop()
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_worker, args=(spec, theirs))
-                process.start()
+                running[ours] = (spec, context.Process(target=_worker, args=(spec, theirs)))
+                running[ours][1].start()
                 theirs.close()
-                running[ours] = (spec, process)
             for pipe in wait(list(running)):
                 assert isinstance(pipe, Connection)
                 spec, process = running.pop(pipe)

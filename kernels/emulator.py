@@ -42,7 +42,7 @@ class Race(KernelError):
 
 
 class Deadlock(KernelError):
-    """Nobody can move."""
+    """Nobody can move, or everybody moves for ever."""
 
 
 class _Aborted(BaseException):
@@ -274,25 +274,40 @@ class Descriptor:
 # --- order: vector clocks and accesses ---
 
 
-class Agent:
-    """Something that acts in an order of its own: a partition, or one asynchronous operation."""
-
-    def __init__(self, machine: Machine, name: str, parent: Agent | None = None):
-        machine.agents += 1
-        self.id = machine.agents
-        self.name = name
-        self.clock: dict[int, int] = dict(parent.clock) if parent else {}
-        self.clock[self.id] = 1
-
-    def tick(self) -> None:
-        """Later actions are not covered by what was published so far."""
-        self.clock[self.id] += 1
+Clock = dict[int, int]  # of each agent, the time up to which its actions are known
 
 
-def _join(clock: dict[int, int], other: dict[int, int]) -> None:
+def _join(clock: Clock, other: Clock) -> None:
     for agent, time in other.items():
         if clock.get(agent, 0) < time:
             clock[agent] = time
+
+
+class Agent:
+    """Something with an order of its own: a partition, or one asynchronous operation.
+
+    `before` is what its action is ordered after, `after` what is known to those who wait for it.
+    """
+
+    name: str
+    id: int
+    time: int
+    before: Clock
+    after: Clock
+
+    def tick(self) -> None:
+        """What the agent does from now on is not covered by the `after` that others have."""
+
+
+class Operation(Agent):
+    """The next operation of an asynchronous unit, which completes its operations in order."""
+
+    def __init__(self, issuer: Partition, name: str):
+        self.name = name
+        self.id, self.time = issuer.machine.next_operation(name)
+        self.before = dict(issuer.clock)
+        self.after = {**issuer.clock, self.id: self.time}
+        issuer.tick()
 
 
 @dataclass
@@ -317,11 +332,11 @@ class Buffer:
         self.accesses: list[Access] = []
 
     def access(self, agent: Agent, rows: range, what: str, write: bool = False, generic: bool = False) -> Access:
-        new = Access(agent, agent.clock[agent.id], rows, write, generic, what)
+        new = Access(agent, agent.time, rows, write, generic, what)
         for old in self.accesses:
             if not (write or old.write) or old.rows.stop <= rows.start or rows.stop <= old.rows.start:
                 continue
-            if agent.clock.get(old.agent.id, 0) < old.time:
+            if agent.before.get(old.agent.id, 0) < old.time:
                 raise Race(f"{self.name}: {what} by {agent.name} is not ordered after {old.what} by {old.agent.name}")
             if old.write and old.generic and not generic and not old.fenced:
                 raise Race(f"{self.name}: no fence_async_shared between {old.what} and {what} by {agent.name}")
@@ -345,8 +360,8 @@ class Barrier:
         self.bytes = 0
         self.phase = 0
         self.fenced = False
-        self.arrived: dict[int, int] = {}
-        self.ended: dict[int, int] = {}
+        self.arrived: Clock = {}
+        self.ended: Clock = {}
 
     def check(self) -> None:
         if not self.count:
@@ -356,7 +371,7 @@ class Barrier:
         self.check()
         if count > self.pending:
             raise KernelError(f"{self.name}: {agent.name} arrives {count} times, {self.pending} are left")
-        _join(self.arrived, agent.clock)
+        _join(self.arrived, agent.after)
         agent.tick()
         self.pending -= count
         self.bytes += expect - complete
@@ -373,8 +388,8 @@ class NamedBarrier:
         self.threads = 0
         self.come = 0
         self.generation = 0
-        self.arrived: dict[int, int] = {}
-        self.ended: dict[int, int] = {}
+        self.arrived: Clock = {}
+        self.ended: Clock = {}
 
     def arrive(self, agent: Agent, come: int, threads: int) -> None:
         if self.come and self.threads != threads:
@@ -383,7 +398,7 @@ class NamedBarrier:
         self.come += come
         if self.come > threads:
             raise KernelError("too many threads at a named barrier")
-        _join(self.arrived, agent.clock)
+        _join(self.arrived, agent.after)
         agent.tick()
         if self.come == threads:
             self.come = 0
@@ -406,9 +421,12 @@ class Event:
 class Partition(Agent):
     """Warps that run one function together."""
 
-    def __init__(self, machine: Machine, name: str, warps: int, parent: Agent | None = None):
-        super().__init__(machine, name, parent)
+    def __init__(self, machine: Machine, name: str, warps: int, parent: Partition | None = None):
         self.machine = machine
+        self.name = name
+        self.id, self.time = machine.next_operation(name)
+        self.clock = {**(parent.clock if parent else {}), self.id: self.time}
+        self.before = self.after = self.clock
         self.warps = warps
         self.turn = threading.Semaphore(0)
         self.ready: Callable[[], bool] = lambda: True
@@ -416,14 +434,21 @@ class Partition(Agent):
         self.done = False
         self.mmas: deque[Event] = deque()
         self.results: deque[Accumulator] = deque()
-        self.stores = 0  # that still read shared memory
-        self.stored: dict[int, int] = {}
-        self.elected: dict[int, int] = {}  # what the one thread knows that issued the stores
+        self.stores: deque[Event] = deque()
+        self.stored: deque[Operation] = deque()  # stores nobody has waited for
+        self.elected: Clock = {}  # what only the thread that issues the stores knows
         self.unfenced: list[Access | Barrier] = []
+
+    def tick(self) -> None:
+        self.time += 1
+        self.clock[self.id] = self.time
 
     def step(self, doing: str, ready: Callable[[], bool] = lambda: True) -> None:
         """Let anybody move, then go on when `ready`."""
         self.doing, self.ready = doing, ready
+        self.machine.steps += 1
+        if self.machine.steps > Machine.STEPS:
+            raise Deadlock(f"no end after {Machine.STEPS} steps: {self.name}: {doing}")
         self.machine.yield_from(self)
         self.machine.trace.append(f"{self.name}: {doing}")
 
@@ -432,12 +457,15 @@ class Machine:
     """One CTA."""
 
     SPEEDS = (1, 8, 64)
+    STEPS = 20_000  # far more than a CTA of a test takes
 
     def __init__(self, program: int, programs: int, warps: int, seed: int):
         self.program = program
         self.programs = programs
         self.random = random.Random(f"{seed} {program}")
-        self.agents = 0
+        self.operations: dict[str, tuple[int, int]] = {}
+        self.steps = 0
+        self.allocations = 0
         self.events: list[Event] = []
         self.barriers: list[Barrier] = []
         self.named: dict[int, NamedBarrier] = {}
@@ -446,6 +474,12 @@ class Machine:
         self.failure: BaseException | None = None
         self.main = Partition(self, "main", warps)
         self.speeds: dict[str, int] = {}
+
+    def next_operation(self, name: str) -> tuple[int, int]:
+        """The id of the agent called `name`, and the number of its next operation."""
+        agent, time = self.operations.get(name, (len(self.operations), 0))
+        self.operations[name] = (agent, time + 1)
+        return agent, time + 1
 
     def speed(self, kind: str) -> int:
         """Every schedule has its own fast and slow partitions, copies and matrix products."""
@@ -513,7 +547,7 @@ class Machine:
                     function(*arguments)
             if partition.mmas or partition.results:
                 raise KernelError(f"{partition.name} ends with a matrix product in flight")
-            if partition.stores:
+            if partition.stored:
                 raise KernelError(f"{partition.name} ends while a TMA store reads shared memory")
             partition.done = True
             if not all(p.done for p in self.partitions):
@@ -597,7 +631,7 @@ class Shared:
 class Accumulator:
     """The result of a matrix product in flight: nothing may use it before the wait."""
 
-    agent: Agent
+    operation: Operation
     value: np.ndarray | None = None
 
 
@@ -616,12 +650,12 @@ def _where(condition: Tensor, x: Any, y: Any) -> Tensor:
 
 def _allocate(dtype: DType, shape: Sequence[int], layout: Any) -> Shared:
     machine = _here.partition.machine
-    number = len(machine.barriers)
+    machine.allocations += 1
     if dtype is INT64:
-        barriers = [Barrier(f"mbarrier {number + i}") for i in range(shape[0])]
+        barriers = [Barrier(f"mbarrier {machine.allocations}.{i}") for i in range(shape[0])]
         machine.barriers += barriers
         return Shared(list(barriers), dtype)
-    buffers = [Buffer(f"tile {i} allocated before mbarrier {number}", shape[1:], dtype) for i in range(shape[0])]
+    buffers = [Buffer(f"tile {machine.allocations}.{i}", shape[1:], dtype) for i in range(shape[0])]
     return Shared([Tile(buffer, buffer.data) for buffer in buffers], dtype)
 
 
@@ -680,38 +714,37 @@ def _tma_load(descriptor: Descriptor, coordinates: Sequence[Any], barrier: Barri
     rows = source.shape[2]
     for piece in (range(rows // 2), range(rows // 2, rows)):
 
-        def land(piece: range = piece, agent: Agent = Agent(me.machine, "a TMA load", me)) -> None:
-            tile.buffer.access(agent, piece, "its write", write=True)
+        load = Operation(me, f"TMA load of rows from {piece.start} of {tile.buffer.name}")
+
+        def land(piece: range = piece, load: Operation = load) -> None:
+            tile.buffer.access(load, piece, "the write", write=True)
             tile.data[:, :, piece.start : piece.stop] = source[:, :, piece.start : piece.stop]
-            barrier.arrive(agent, complete=descriptor.block_type.nbytes * len(piece) // rows)
+            barrier.arrive(load, complete=descriptor.block_type.nbytes * len(piece) // rows)
 
         me.machine.events.append(Event("TMA load", land))
-    me.tick()
 
 
 def _tma_store(descriptor: Descriptor, coordinates: Sequence[Any], tile: Tile) -> None:
     me = _here.partition
     me.step(f"TMA store of {tile.buffer.name}")
-    agent = Agent(me.machine, "a TMA store", me)
-    me.tick()
-    me.stores += 1
+    store = Operation(me, f"TMA store of {me.name}")
 
     def read() -> None:
-        tile.buffer.access(agent, tile.rows(), "its read")
+        tile.buffer.access(store, tile.rows(), "the read")
         descriptor.write(coordinates, tile.data)
-        me.stores -= 1
-        _join(me.stored, agent.clock)
 
-    me.machine.events.append(Event("TMA store", read))
+    event = Event("TMA store", read, me.stores)
+    me.stores.append(event)
+    me.stored.append(store)
+    me.machine.events.append(event)
 
 
 def _tma_store_wait(pendings: int) -> None:
-    if pendings:
-        raise NotImplementedError("store_wait with stores left pending")
     me = _here.partition
-    me.step("wait for TMA stores", lambda: me.stores == 0)
-    # Only the thread that issued the stores has waited; the others learn of it at the next barrier.
-    _join(me.elected, me.stored)
+    me.step(f"wait until {pendings} TMA stores are in flight", lambda: len(me.stores) <= pendings)
+    while len(me.stored) > pendings:
+        # Only the thread that issued the store has waited; the others learn of it at the next barrier.
+        _join(me.elected, me.stored.popleft().after)
 
 
 def _mma(a: Any, b: Tile, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Accumulator:
@@ -721,13 +754,12 @@ def _mma(a: Any, b: Tile, acc: Any, *, use_acc: bool = True, is_async: bool = Fa
     me.step("issue a matrix product")
     if isinstance(acc, Accumulator) and acc not in me.results:
         raise KernelError("the accumulator of a product that is over")
-    result = Accumulator(Agent(me.machine, f"WGMMA of {me.name}", me))
-    me.tick()
+    result = Accumulator(Operation(me, f"WGMMA of {me.name}"))
 
     def multiply() -> None:
         for operand in (a, b):
             if isinstance(operand, Tile):
-                operand.buffer.access(result.agent, operand.rows(), "its read")
+                operand.buffer.access(result.operation, operand.rows(), "the read")
         x = a.data if isinstance(a, Tile) else a.value
         product = x.astype(np.float32) @ b.data
         if use_acc:
@@ -745,7 +777,7 @@ def _mma_wait(num_outstanding: int = 0, deps: Sequence[Accumulator] = ()) -> Any
     me = _here.partition
     me.step(f"wait until {num_outstanding} matrix products are in flight", lambda: len(me.mmas) <= num_outstanding)
     while len(me.results) > num_outstanding:
-        _join(me.clock, me.results.popleft().agent.clock)
+        _join(me.clock, me.results.popleft().operation.after)
     if any(result in me.results for result in deps):
         raise KernelError("the result of a matrix product is used while it is in flight")
     values = tuple(Tensor(result.value) for result in deps)
@@ -765,11 +797,10 @@ def _inline_asm(asm: str, constraints: str = "", args: Sequence[Any] = ()) -> No
         if match[1] == "sync":
             me.step(f"wait at {asm}", lambda: named.generation != generation)
             _join(me.clock, named.ended)
-    elif "elect.sync" in asm and "@p mbarrier.arrive.shared::cta.b64 _, [$0];" in asm:
-        me.step(f"arrive, a warp at a time, at {args[0].name}")
-        args[0].check()
-        # Warps may straddle the end of a phase.
-        for _ in range(me.warps):
+    elif "mbarrier.arrive.shared::cta.b64 _, [$0];" in asm:
+        a_warp = 1 if "elect.sync" in asm else THREADS_PER_WARP
+        me.step(f"arrive, {a_warp} a warp, at {args[0].name}")
+        for _ in range(me.warps * a_warp):
             args[0].arrive(me, count=1)
     else:
         raise NotImplementedError(asm)

@@ -17,6 +17,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _tiles(n, BLOCK: tl.constexpr):
+    """ceil(n / BLOCK), also for n near 2^31."""
+    return n // BLOCK + tl.minimum(n % BLOCK, 1)
+
+
+@triton.jit
 def _visible_tiles(
     row_first, row_last, band_lo, band_hi, seq_len_k,
     BAND: tl.constexpr, BLOCK_K: tl.constexpr
@@ -25,50 +31,52 @@ def _visible_tiles(
     full_end). begin <= full_begin <= full_end <= end."""
     if BAND:
         begin = tl.maximum(row_first + band_lo, 0) // BLOCK_K
-        end = tl.cdiv(tl.maximum(tl.minimum(row_last + band_hi, seq_len_k - 1) + 1, 0), BLOCK_K)
+        end = _tiles(tl.maximum(tl.minimum(row_last + band_hi, seq_len_k - 1) + 1, 0), BLOCK_K)
         end = tl.maximum(end, begin)
-        full_begin = tl.minimum(tl.cdiv(tl.maximum(row_last + band_lo, 0), BLOCK_K), end)
+        full_begin = tl.minimum(_tiles(tl.maximum(row_last + band_lo, 0), BLOCK_K), end)
         full_end = tl.maximum(tl.minimum(row_first + band_hi, seq_len_k - 1) + 1, 0) // BLOCK_K
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
     else:
         begin = 0
         full_begin = 0
         full_end = seq_len_k // BLOCK_K
-        end = tl.cdiv(seq_len_k, BLOCK_K)
+        end = _tiles(seq_len_k, BLOCK_K)
     return begin, full_begin, full_end, end
 
 
 @triton.jit
-def _load(base, offsets, row_ok, dim_ok, ROWS_MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr):
-    """A tile of rows of head_dim elements; what lies outside the tensor reads as 0 and is never touched."""
+def _load(at, first, row_ok, dim_ok, ROWS_MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr):
+    """The tile that starts at row `first`; what lies outside the tensor reads as 0 and is never touched.
+
+    at: (element (0, 0), offsets within a tile, stride from row to row)."""
+    pointers = at[0] + first.to(tl.int64) * at[2] + at[1]
     if ROWS_MASKED and DIMS_MASKED:
-        tile = tl.load(base + offsets, mask=row_ok[:, None] & dim_ok[None, :], other=0.0)
+        tile = tl.load(pointers, mask=row_ok[:, None] & dim_ok[None, :], other=0.0)
     elif ROWS_MASKED:
-        tile = tl.load(base + offsets, mask=row_ok[:, None], other=0.0)
+        tile = tl.load(pointers, mask=row_ok[:, None], other=0.0)
     elif DIMS_MASKED:
-        tile = tl.load(base + offsets, mask=dim_ok[None, :], other=0.0)
+        tile = tl.load(pointers, mask=dim_ok[None, :], other=0.0)
     else:
-        tile = tl.load(base + offsets)
+        tile = tl.load(pointers)
     return tile
 
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, query, tile, row_first, rows, keys, dims_qk_ok, dims_v_ok,
-    key_base, value_base, key_offsets, value_offsets, key_stride_seq, value_stride_seq,
-    mask_base, mask_offsets, mask_stride_key, rows_ok,
-    scale, band_lo, band_hi, seq_len_k,
+    acc, row_sum, row_max, query, tile, key_at, value_at, mask_at, dims_ok, rows, rows_ok, keys,
+    row_first, seq_len_k, band_lo, band_hi, scale,
     BAND: tl.constexpr, ATTN_MASK: tl.constexpr, EDGE: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """One key tile: scores, online softmax, and the weighted sum of values.
 
+    key_at, value_at, mask_at: (first element of the head, offsets within a tile, stride from key to key).
     EDGE: some row may not see some key of the tile. Otherwise the softmax scale is folded into the exponent, one fused
     multiply-add per score. row_max is in units of the exponent: base 2, or natural when the mask is additive, because
     multiplying a mask of -3.4e38 by log2(e) would make it -inf.
     """
     start = tile * BLOCK_K
     keys_ok = keys < seq_len_k - start
-    key = _load(key_base + start.to(tl.int64) * key_stride_seq, key_offsets, keys_ok, dims_qk_ok, EDGE, PADDED)
+    key = _load(key_at, start, keys_ok, dims_ok[0], EDGE, PADDED)
     scores = tl.dot(query, tl.trans(key))
     if EDGE:
         scores = scores * scale
@@ -81,7 +89,7 @@ def _attend(
             visible = (keys <= last)[None, :]
         if ATTN_MASK != "none":
             in_bounds = rows_ok[:, None] & keys_ok[None, :]
-            mask = tl.load(mask_base + start.to(tl.int64) * mask_stride_key + mask_offsets, mask=in_bounds, other=0)
+            mask = tl.load(mask_at[0] + start.to(tl.int64) * mask_at[2] + mask_at[1], mask=in_bounds, other=0)
             if ATTN_MASK == "bool":
                 visible = visible & (mask != 0)
             else:
@@ -102,7 +110,7 @@ def _attend(
         weights = tl.math.exp2(scores * scale - pivot[:, None])
         decay = tl.math.exp2(row_max - pivot)
     row_sum = row_sum * decay + tl.sum(weights, 1)
-    value = _load(value_base + start.to(tl.int64) * value_stride_seq, value_offsets, keys_ok, dims_v_ok, EDGE, PADDED)
+    value = _load(value_at, start, keys_ok, dims_ok[1], EDGE, PADDED)
     acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None])
     return acc, row_sum, new_max
 
@@ -134,7 +142,7 @@ def attention_forward(
 
     A row that sees no key gets 0, and -inf in lse. Grid: cdiv(seq_len_q, BLOCK_Q) * num_heads_q * batch, 1-D.
     """
-    num_tiles = (seq_len_q - 1) // BLOCK_Q + 1
+    num_tiles = _tiles(seq_len_q, BLOCK_Q)
     pid = tl.program_id(0)
     # Neighbours share a key head, hence the L2 cache. With a band, later rows tend to see more keys: longest first.
     tile_q = pid % num_tiles
@@ -150,64 +158,69 @@ def attention_forward(
     keys = tl.arange(0, BLOCK_K)
     dims = tl.arange(0, BLOCK_D)
     rows_ok = rows < rows_left
-    dims_qk_ok = dims < head_dim_qk
-    dims_v_ok = dims < head_dim_v
+    dims_ok = (dims < head_dim_qk, dims < head_dim_v)
 
-    q_base = q + batch * q_stride_batch + head.to(tl.int64) * q_stride_head + row_first.to(tl.int64) * q_stride_seq
-    q_offsets = rows[:, None].to(tl.int64) * q_stride_seq + dims[None, :]
-    query = _load(q_base, q_offsets, rows_ok, dims_qk_ok, True, PADDED)
+    head_q = head.to(tl.int64)
+    query_at = (
+        q + batch * q_stride_batch + head_q * q_stride_head,
+        rows[:, None].to(tl.int64) * q_stride_seq + dims[None, :],
+        q_stride_seq,
+    )
+    key_at = (
+        k + batch * k_stride_batch + head_kv * k_stride_head,
+        keys[:, None].to(tl.int64) * k_stride_seq + dims[None, :],
+        k_stride_seq,
+    )
+    value_at = (
+        v + batch * v_stride_batch + head_kv * v_stride_head,
+        keys[:, None].to(tl.int64) * v_stride_seq + dims[None, :],
+        v_stride_seq,
+    )
+    if ATTN_MASK == "none":
+        mask_at = (None, None, None)
+    else:
+        mask_base = attn_mask + batch * mask_stride_batch + head_q * mask_stride_head
+        mask_at = (
+            mask_base + row_first.to(tl.int64) * mask_stride_query,
+            rows[:, None].to(tl.int64) * mask_stride_query + keys[None, :].to(tl.int64) * mask_stride_key,
+            mask_stride_key,
+        )
+
+    query = _load(query_at, row_first, rows_ok, dims_ok[0], True, PADDED)
     # A negative scale moves its sign, exactly, to the query, so that the largest score is also the largest scaled one.
     query = tl.where(scale < 0.0, -query, query)
     scale = tl.abs(scale)
-
-    key_base = k + batch * k_stride_batch + head_kv * k_stride_head
-    value_base = v + batch * v_stride_batch + head_kv * v_stride_head
-    key_offsets = keys[:, None].to(tl.int64) * k_stride_seq + dims[None, :]
-    value_offsets = keys[:, None].to(tl.int64) * v_stride_seq + dims[None, :]
-    if ATTN_MASK != "none":
-        mask_base = attn_mask + batch * mask_stride_batch + head.to(tl.int64) * mask_stride_head
-        mask_base += row_first.to(tl.int64) * mask_stride_query
-        mask_offsets = rows[:, None].to(tl.int64) * mask_stride_query + keys[None, :].to(tl.int64) * mask_stride_key
-    else:
-        mask_base = 0
-        mask_offsets = 0
 
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_last = row_first + tl.minimum(rows_left, BLOCK_Q) - 1
     begin, full_begin, full_end, end = _visible_tiles(row_first, row_last, band_lo, band_hi, seq_len_k, BAND, BLOCK_K)
-    if ATTN_MASK != "none":  # the mask must be read in every tile
-        full_begin = begin
-        full_end = begin
-    else:
+    if ATTN_MASK == "none":
         for tile in tl.range(full_begin, full_end):
             acc, row_sum, row_max = _attend(
-                acc, row_sum, row_max, query, tile, row_first, rows, keys, dims_qk_ok, dims_v_ok,
-                key_base, value_base, key_offsets, value_offsets, k_stride_seq, v_stride_seq,
-                mask_base, mask_offsets, mask_stride_key, rows_ok,
-                scale, band_lo, band_hi, seq_len_k,
-                BAND, ATTN_MASK, False, PADDED, BLOCK_K
+                acc, row_sum, row_max, query, tile, key_at, value_at, mask_at, dims_ok, rows, rows_ok, keys,
+                row_first, seq_len_k, band_lo, band_hi, scale, BAND, ATTN_MASK, False, PADDED, BLOCK_K
             )  # fmt: skip
-    for i in tl.range(0, (full_begin - begin) + (end - full_end)):
-        tile = tl.where(i < full_begin - begin, begin + i, full_end + i - (full_begin - begin))
+    else:  # the mask must be read in every tile
+        full_begin = begin
+        full_end = begin
+    before = full_begin - begin
+    for i in tl.range(0, before + (end - full_end)):
+        tile = tl.where(i < before, begin + i, full_end + i - before)
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, query, tile, row_first, rows, keys, dims_qk_ok, dims_v_ok,
-            key_base, value_base, key_offsets, value_offsets, k_stride_seq, v_stride_seq,
-            mask_base, mask_offsets, mask_stride_key, rows_ok,
-            scale, band_lo, band_hi, seq_len_k,
-            BAND, ATTN_MASK, True, PADDED, BLOCK_K
+            acc, row_sum, row_max, query, tile, key_at, value_at, mask_at, dims_ok, rows, rows_ok, keys,
+            row_first, seq_len_k, band_lo, band_hi, scale, BAND, ATTN_MASK, True, PADDED, BLOCK_K
         )  # fmt: skip
 
     sum_or_1 = tl.where(row_sum == 0.0, 1.0, row_sum)
     acc = acc * (1.0 / sum_or_1)[:, None]
-    out_base = out + batch * out_stride_batch + head.to(tl.int64) * out_stride_head
-    out_base += row_first.to(tl.int64) * out_stride_seq
-    out_offsets = rows[:, None].to(tl.int64) * out_stride_seq + dims[None, :]
+    out_base = out + batch * out_stride_batch + head_q * out_stride_head + row_first.to(tl.int64) * out_stride_seq
+    out_pointers = out_base + rows[:, None].to(tl.int64) * out_stride_seq + dims[None, :]
     if PADDED:
-        tl.store(out_base + out_offsets, acc.to(out.dtype.element_ty), mask=rows_ok[:, None] & dims_v_ok[None, :])
+        tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=rows_ok[:, None] & dims_ok[1][None, :])
     else:
-        tl.store(out_base + out_offsets, acc.to(out.dtype.element_ty), mask=rows_ok[:, None])
+        tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=rows_ok[:, None])
     if ATTN_MASK == "additive":
         log_sum = row_max + tl.log(sum_or_1)
     else:

@@ -293,12 +293,11 @@ def _consume(
         v_ring.release(blocks - 1)
 
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
-        divisor = gl.where(l == 0.0, 1.0, l)
         if lse.to(gl.int64) != 0:
             rows = row + gl.arange(0, p.ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-            value = gl.where(l == 0.0, float("-inf"), (m * scale_log2 + _log2(divisor)) * LN_2)
+            value = (m * scale_log2 + _log2(l)) * LN_2
             gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
-        o = _scale_rows(o, 1.0 / divisor)
+        o = _scale_rows(o, gl.where(l == 0.0, 0.0, 1.0 / l))
         if OWN_OUT:
             out = out_tiles.index(WG)
             tma.store_wait(0)  # the store of the tile before has read `out`

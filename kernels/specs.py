@@ -1,6 +1,6 @@
 """The matrix of kernel variants, as data: which kernels exist, for whom, and why.
 
-Nothing here compiles anything and nothing here needs Triton. `compile.py` turns a `Variant` into machine code and a
+Nothing here compiles anything and nothing here needs Triton. `compile.py` turns a `Spec` into machine code and a
 manifest entry; `docs/bundle.md` says what the manifest fields mean.
 """
 

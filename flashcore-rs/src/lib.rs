@@ -34,6 +34,8 @@ mod dtype;
 mod error;
 mod runtime;
 mod tensor;
+#[cfg(feature = "validate")]
+pub mod validate;
 
 pub use self::attention::{Attention, AttentionOptions, CausalAlign, Explanation, Plan, Problem, Rejection, Window};
 pub use self::device::{DeviceBuffer, Event, Graph, Stream};

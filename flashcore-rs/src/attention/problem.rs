@@ -84,7 +84,7 @@ impl Problem {
         self.num_heads_q / self.num_heads_kv.max(1)
     }
 
-    /// Whether there is nothing to write.
+    /// Whether there is nothing to write, neither output nor log-sum-exp.
     pub fn is_empty(&self) -> bool {
         self.batch == 0 || self.num_heads_q == 0 || self.seq_len_q == 0
     }

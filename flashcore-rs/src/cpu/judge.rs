@@ -25,10 +25,9 @@ pub struct ErrorReport {
     pub rel_fro: f64,
     /// The same for the eager reference. Over a suite, `rel_fro / rel_fro_ref` shows small biases that the rule lets by.
     pub rel_fro_ref: f64,
-    /// Elements that are NaN or infinite where they should not be, or the other way round.
+    /// Elements of another kind (finite, NaN, +inf, -inf) than they should be.
     pub misplaced: usize,
-    /// Elements of another kind (finite, NaN, +inf, -inf) than the oracle's, but of the eager reference's: fp32 ranges
-    /// are too short for them.
+    /// Elements for which the range of fp32 is too short; see [`judge`].
     pub out_of_range: usize,
     /// Whether the output is right.
     pub pass: bool,
@@ -67,8 +66,9 @@ pub struct LseReport {
 /// `e_ref` is a matter of luck. For an fp64 problem it is fp64 rounding, and the unit is four times as large, because the
 /// oracle then has errors of the same size.
 ///
-/// NaN and infinities must be where the oracle's are. An element may be of the eager reference's kind instead, where fp32
-/// scores overflow or a weight underflows against an infinite value; such elements are counted in `out_of_range`.
+/// NaN and infinities must be where the oracle's are. Two exceptions are counted in `out_of_range`: a row whose scores
+/// overflow fp32, so that the eager reference has no finite log-sum-exp where the oracle has one, is not judged; and an
+/// element may be of the eager reference's kind, as when a weight underflows against an infinite value.
 ///
 /// # Panics
 /// When the lengths are not those of the problem's output, or the first reference is not an oracle's.
@@ -82,7 +82,12 @@ pub fn judge(problem: &Problem, actual: &[f64], oracle: &Reference, eager: &Refe
     let [mut e, mut e_ref, mut max_ulp, mut max_ulp_ref] = [0f64; 4];
     let [mut error, mut error_ref, mut norm] = [0f64; 3];
     for (i, ((&x, &exact), &reference)) in actual.iter().zip(&oracle.out).zip(&eager.out).enumerate() {
-        let unit = oracle.out_unit[i / dim];
+        let row = i / dim;
+        if oracle.lse[row].is_finite() != eager.lse[row].is_finite() {
+            kinds.out_of_range += 1;
+            continue;
+        }
+        let unit = oracle.out_unit[row];
         kinds.compare(x, exact, reference);
         if exact.is_finite() && x.is_finite() {
             let d = (x - exact).abs();

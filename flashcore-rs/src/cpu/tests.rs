@@ -326,7 +326,7 @@ fn odd_sizes() {
         [1, 1, 1, 129, 127, 33, 1],
         [3, 2, 1, 5, 2, 0, 3],
         [1, 2, 1, 4, 3, 2, 0],
-        [1, 1, 1, 33, 200, 256, 256],
+        [1, 1, 1, 5, 130, 256, 256],
     ];
     for dtype in FLOATS {
         for (seed, size) in sizes.into_iter().enumerate() {
@@ -358,7 +358,7 @@ fn every_order_of_memory() {
     for dtype in FLOATS {
         for i in 0..16 {
             let orders = [ORDERS[i % 4], ORDERS[(i + i / 4) % 4], ORDERS[i / 4], ORDERS[(3 * i + 1) % 4]];
-            Case::new(ordered(problem(dtype, [2, 4, 2, 37, 70, 20, 12]), orders), i as u64).check();
+            Case::new(ordered(problem(dtype, [2, 4, 2, 7, 70, 20, 12]), orders), i as u64).check();
         }
     }
 }
@@ -378,8 +378,8 @@ fn bands() {
             (i32::MIN, i32::MAX),
             (i32::MAX, i32::MAX),
         ] {
-            Case::new(banded(problem(dtype, [1, 4, 2, 70, 150, 16, 16]), lo, hi), 5).check();
-            Case::new(banded(problem(dtype, [1, 2, 2, 150, 70, 16, 16]), lo, hi), 6).check();
+            Case::new(banded(problem(dtype, [1, 2, 1, 70, 150, 8, 8]), lo, hi), 5).check();
+            Case::new(banded(problem(dtype, [1, 1, 1, 150, 70, 8, 8]), lo, hi), 6).check();
         }
     }
 }
@@ -390,7 +390,7 @@ fn masks() {
         for (i, mask) in [DType::Bool, dtype, DType::F32, DType::F16, DType::BF16].into_iter().enumerate() {
             for bits in 0..16u64 {
                 let broadcast = [0, 1, 2, 3].map(|dim| bits >> dim & 1 == 1);
-                let p = problem(dtype, [2, 4, 2, 9, 75, 8, 8]);
+                let p = problem(dtype, [2, 4, 2, 6, 75, 4, 4]);
                 let p = if i % 2 == bits as usize % 2 { causal(p) } else { p };
                 Case::new(p, bits).masked(mask, broadcast, bits).check();
             }
@@ -419,7 +419,7 @@ fn rows_without_keys_are_zero() {
 fn any_scale() {
     for dtype in FLOATS {
         for scale in [0.0, -0.5, 1e-30, 3.0, -20.0, 1e4] {
-            Case::new(scaled(problem(dtype, [1, 2, 1, 40, 90, 16, 16]), scale), 4).check();
+            Case::new(scaled(problem(dtype, [1, 2, 1, 20, 90, 16, 16]), scale), 4).check();
         }
         let p = scaled(problem(dtype, [1, 1, 1, 3, 5, 4, 4]), f32::NAN);
         assert!(Case::new(p, 4).run().0.iter().all(|x| x.is_nan()));
@@ -447,7 +447,7 @@ fn special_values_reach_the_rows_that_see_them_and_no_others() {
         for special in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for in_key in [true, false] {
                 for mask in [None, Some(DType::Bool), Some(DType::F32)] {
-                    let p = causal(ordered(problem(dtype, [2, 4, 2, 80, 80, 8, 8]), [Order::Bshd; 4]));
+                    let p = causal(ordered(problem(dtype, [2, 4, 2, 70, 70, 4, 4]), [Order::Bshd; 4]));
                     let mut case = Case::new(p, 7);
                     if let Some(mask) = mask {
                         case = case.masked(mask, [true, true, false, false], 8);
@@ -470,13 +470,13 @@ fn special_values_reach_the_rows_that_see_them_and_no_others() {
                         let reached = b == 1 && h < 2 && sees(i);
                         if !reached {
                             assert_eq!(out[at].to_bits(), clean.0[at].to_bits(), "{p}: row {i} of {b}, {h}");
-                            assert_eq!(lse[at / 8].to_bits(), clean.1[at / 8].to_bits());
+                            assert_eq!(lse[at / 4].to_bits(), clean.1[at / 4].to_bits());
                         } else if !in_key && d == 3 {
                             assert!(out[at].is_nan() == special.is_nan() && !out[at].is_finite());
                         } else if !in_key {
                             assert!(out[at].is_finite());
                         } else if special.is_nan() {
-                            assert!(out[at].is_nan() && lse[at / 8].is_nan());
+                            assert!(out[at].is_nan() && lse[at / 4].is_nan());
                         }
                     }
                 }
@@ -616,10 +616,10 @@ fn judge_accepts_a_sound_kernel_and_rejects_planted_errors() {
     ];
     for dtype in [DType::F16, DType::BF16, DType::F32] {
         let problems = [
-            causal(problem(dtype, [1, 4, 2, 120, 120, 32, 32])),
-            causal(problem(dtype, [1, 4, 2, 65, 65, 16, 16])),
-            problem(dtype, [1, 4, 2, 10, 333, 32, 32]),
-            problem(dtype, [2, 4, 2, 1, 500, 64, 64]),
+            causal(problem(dtype, [1, 4, 2, 100, 100, 16, 16])),
+            causal(problem(dtype, [1, 4, 2, 40, 40, 32, 32])),
+            problem(dtype, [1, 4, 2, 6, 333, 32, 32]),
+            problem(dtype, [1, 4, 2, 1, 500, 64, 64]),
         ];
         let mut present = [0; 9];
         for (seed, p) in problems.into_iter().enumerate() {
@@ -650,12 +650,12 @@ fn judge_accepts_a_sound_kernel_and_rejects_planted_errors() {
 #[test]
 fn judge_sees_the_small_rows_beside_the_large() {
     // Only rows whose outputs are far below an ulp of the first row's are wrong.
-    let p = causal(problem(DType::BF16, [1, 1, 1, 900, 900, 32, 32]));
+    let p = causal(problem(DType::BF16, [1, 1, 1, 500, 500, 8, 8]));
     let case = Case::new(p, 21);
     let (oracle, eager) = case.references();
     let mut out = eager.out.clone();
     assert!(judge(&p, &out, &oracle, &eager).pass);
-    out[800 * 32..].iter_mut().for_each(|x| *x = 0.95 * *x + 0.001);
+    out[450 * 8..].iter_mut().for_each(|x| *x = 0.95 * *x + 0.001);
     let report = judge(&p, &out, &oracle, &eager);
     assert!(report.e <= report.bound && !report.pass, "{report:?}");
 }
@@ -701,7 +701,7 @@ fn ulps() {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let sizes = (1..3usize, 1..4usize, 1..4usize, 0..80usize, 0..160usize, 1..40usize, 1..40usize);
+    let sizes = (1..3usize, 1..3usize, 1..4usize, 0..50usize, 0..150usize, 1..24usize, 1..24usize);
     let orders = prop::array::uniform4(prop::sample::select(ORDERS.to_vec()));
     let band = prop::option::of((-100..100i32, -100..180i32));
     let mask = prop::option::of((0..5usize, prop::array::uniform4(any::<bool>())));

@@ -157,11 +157,14 @@ impl HostTensor {
     /// Writes every element, in order of its index.
     pub fn draw(&mut self, mut next: impl FnMut([usize; 4]) -> f32) {
         let Layout { shape: [batch, heads, seq, dim], strides, .. } = self.layout;
+        if self.layout.is_empty() {
+            return;
+        }
         let index = (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..seq).map(move |i| [b, h, i])));
-        let contiguous = self.layout.extent() == self.layout.len();
+        let contiguous = self.layout.strides == [heads * seq * dim, seq * dim, dim, 1].map(|stride| stride as i64);
         let drawn = if contiguous { DRAWN } else { usize::MAX };
         each!(&mut self.data, data => {
-            for [b, h, i] in index.take(drawn.div_ceil(dim.max(1))) {
+            for [b, h, i] in index.take(drawn.div_ceil(dim)) {
                 let first = self.start + offset(strides, [b, h, i]);
                 for (d, x) in data[first..first + dim].iter_mut().enumerate() {
                     *x = Cell::from_f32(next([b, h, i, d]));
@@ -206,7 +209,7 @@ impl HostTensor {
     /// As [`HostTensor::view`].
     pub fn head(&self, batch: usize, head: usize) -> Result<TensorView<'_>> {
         let Layout { shape, strides, .. } = self.layout;
-        let first = self.start + offset(strides, [batch % shape[0].max(1), head % shape[1].max(1), 0]);
+        let first = self.start + offset(strides, [batch % shape[0], head % shape[1], 0]);
         each!(&self.data, data => {
             TensorView::from_slice_strided(&data[first..], &[1, 1, shape[2], shape[3]], &strides)
         })
@@ -254,7 +257,7 @@ impl HostTensor {
 
     /// Compares an output with the poison it was made of.
     pub fn damage(&self) -> Damage {
-        let dim = if self.layout.is_empty() { 0 } else { self.layout.shape[3] };
+        let dim = self.layout.shape[3];
         each!(&self.data, data => {
             let poisoned = |range: Range<usize>| {
                 data[range].iter().filter(|x| x.is_output_poison()).count()
@@ -276,7 +279,7 @@ impl HostTensor {
         let Layout { shape, strides, .. } = self.layout;
         let mut dims = [0, 1, 2];
         dims.sort_by_key(|&dim| Reverse(strides[dim]));
-        let [n0, n1, n2] = dims.map(|dim| shape[dim]);
+        let [n0, n1, n2] = dims.map(|dim| if self.layout.is_empty() { 0 } else { shape[dim] });
         let [s0, s1, s2] = dims.map(|dim| strides[dim] as usize);
         let start = self.start;
         (0..n0)

@@ -67,7 +67,8 @@ impl Exchange {
     /// The table that a type publishes; `None` when it has none that can be read here.
     pub(crate) fn of(tensor_type: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
         let Some(capsule) = tensor_type.getattr_opt("__dlpack_c_exchange_api__")? else { return Ok(None) };
-        let mut table = capsule.cast::<PyCapsule>()?.pointer_checked(Some(CAPSULE))?.as_ptr().cast::<Table>().cast_const();
+        let mut table =
+            capsule.cast::<PyCapsule>()?.pointer_checked(Some(CAPSULE))?.as_ptr().cast::<Table>().cast_const();
         // SAFETY: a capsule of this name holds a `DLPackExchangeAPI` that lives as long as the process. Version and
         // `previous` are its header, which stays the same in all versions; `previous` is null or such a table.
         unsafe {

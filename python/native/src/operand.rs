@@ -83,3 +83,12 @@ impl Operand {
         Ok(self.address..self.address.saturating_add(bytes))
     }
 }
+
+/// The refusal of an element type that no operation takes.
+pub(crate) fn bad_dtype(role: &Role, given: &str) -> Error {
+    let accepted = match role.name {
+        "attn_mask" => "bool, f32 or the query's dtype",
+        _ => "f16, bf16, f32 or f64 (f16 or bf16 on a GPU)",
+    };
+    invalid(role.name, format!("dtype {given}"), accepted)
+}

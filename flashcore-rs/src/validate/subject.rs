@@ -1,0 +1,115 @@
+//! What is validated: something that computes attention.
+
+use serde::Serialize;
+
+use super::host::HostTensor;
+use super::inputs::Inputs;
+use crate::attention::check::Operands;
+use crate::attention::{AttentionOptions, BaseAlign, Checked, select};
+use crate::error::{Error, Result};
+use crate::runtime::Runtime;
+use crate::tensor::{Device, TensorView, TensorViewMut};
+
+/// Something that computes attention: a [`Runtime`], or in tests of the harness a wrong one.
+pub trait Subject {
+    /// Computes from inputs, and writes outputs that are given as poison.
+    ///
+    /// # Errors
+    /// Whatever keeps it from computing.
+    fn run(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran>;
+}
+
+/// What computed it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Ran {
+    /// The kernel variant.
+    pub variant: String,
+    /// Query and key rows that it takes at a time, and in which a NaN of a value may spread; `None` when it may not.
+    pub tile: Option<[usize; 2]>,
+}
+
+impl Subject for Runtime {
+    fn run(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran> {
+        match self.device() {
+            Device::Cpu => run_on_host(self, inputs, out, lse),
+            Device::Cuda(_) => run_on_device(self, inputs, out, lse),
+        }
+    }
+}
+
+fn run_on_host(
+    runtime: &Runtime,
+    inputs: &Inputs,
+    out: &mut HostTensor,
+    lse: Option<&mut HostTensor>,
+) -> Result<Ran> {
+    let views = [inputs.query.view()?, inputs.key.view()?, inputs.value.view()?];
+    let mask = inputs.attn_mask.as_ref().map(HostTensor::view).transpose()?;
+    let mut lse = lse.map(HostTensor::view_mut).transpose()?;
+    call(runtime, views, mask, inputs.options, &mut out.view_mut()?, lse.as_mut())
+}
+
+fn run_on_device(
+    runtime: &Runtime,
+    inputs: &Inputs,
+    out: &mut HostTensor,
+    mut lse: Option<&mut HostTensor>,
+) -> Result<Ran> {
+    let stream = runtime.stream()?;
+    let upload = |tensor: &HostTensor| tensor.upload(stream);
+    let [query, key, value] = [upload(&inputs.query)?, upload(&inputs.key)?, upload(&inputs.value)?];
+    let mask = inputs.attn_mask.as_ref().map(upload).transpose()?;
+    let mut out_buffer = upload(out)?;
+    let mut lse_buffer = lse.as_deref().map(upload).transpose()?;
+    let views =
+        [inputs.query.on_device(&query)?, inputs.key.on_device(&key)?, inputs.value.on_device(&value)?];
+    let mask = match (&inputs.attn_mask, &mask) {
+        (Some(tensor), Some(buffer)) => Some(tensor.on_device(buffer)?),
+        _ => None,
+    };
+    let mut lse_view = match (lse.as_deref(), &mut lse_buffer) {
+        (Some(tensor), Some(buffer)) => Some(tensor.on_device_mut(buffer)?),
+        _ => None,
+    };
+    let mut out_view = out.on_device_mut(&mut out_buffer)?;
+    let ran = call(runtime, views, mask, inputs.options, &mut out_view, lse_view.as_mut())?;
+    out.download(&out_buffer)?;
+    if let (Some(tensor), Some(buffer)) = (&mut lse, &lse_buffer) {
+        tensor.download(buffer)?;
+    }
+    Ok(ran)
+}
+
+fn call(
+    runtime: &Runtime,
+    [query, key, value]: [TensorView<'_>; 3],
+    attn_mask: Option<TensorView<'_>>,
+    options: AttentionOptions,
+    out: &mut TensorViewMut<'_>,
+    lse: Option<&mut TensorViewMut<'_>>,
+) -> Result<Ran> {
+    let operands = Operands { query: &query, key: &key, value: &value, attn_mask: attn_mask.as_ref() };
+    let checked = Checked::new(&operands, &options, out, lse.as_deref())?;
+    let ran = chosen(runtime, &checked)?;
+    let mut call = runtime.attention(&query, &key, &value).options(options);
+    if let Some(mask) = attn_mask {
+        call = call.attn_mask(mask);
+    }
+    match lse {
+        Some(lse) => call.run_with_lse(out, lse)?,
+        None => call.run(out)?,
+    }
+    Ok(ran)
+}
+
+/// The variant that the runtime chooses for a call.
+fn chosen(runtime: &Runtime, checked: &Checked) -> Result<Ran> {
+    let Some(manifest) = runtime.manifest() else {
+        return Ok(Ran { variant: "cpu".into(), tile: None });
+    };
+    let addresses = &checked.addresses;
+    let align = BaseAlign::of([addresses.q, addresses.k, addresses.v, addresses.out]);
+    let variant = select(manifest, &checked.problem, align).map_err(Error::Unsupported)?;
+    let tile = [variant.tile.query as usize, variant.tile.key as usize];
+    Ok(Ran { variant: variant.name.clone(), tile: Some(tile) })
+}
