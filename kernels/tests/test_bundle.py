@@ -146,6 +146,27 @@ def test_a_member_that_is_not_there(packed: bytes, field: str, value: Any) -> No
         bundle.unpack(bundle._serialise(*sections))
 
 
+def test_check_notices_other_code_and_another_entry(packed: bytes) -> None:
+    committed, spec = bundle.unpack(packed), specs.specs("sm_80")[0]
+    same = member(bytes([0]) * 100, spec)
+    assert cli.compare_members("sm_80", {spec.name: [same]}, committed) == []
+    other = member(bytes([9]) * 100, spec)
+    assert "not what the sources give" in cli.compare_members("sm_80", {spec.name: [other]}, committed)[0]
+    renamed = Member(same.code, same.entry | {"registers": 255})
+    assert "same code, but" in cli.compare_members("sm_80", {spec.name: [renamed]}, committed)[0]
+
+
+def test_check_notices_a_manifest_that_is_not_the_matrix(packed: bytes) -> None:
+    committed, matrix = bundle.unpack(packed), specs.specs("sm_80")
+    first, second = matrix[0].name, matrix[1].name
+    committed.variants()[second]["priority"] += 1
+    problems = cli.compare_manifest("sm_80", matrix[1:4], committed)
+    assert f"sm_80 {first}: not in the matrix any more" in problems
+    assert f"sm_80 {second}: the manifest entry is not what the spec says" in problems
+    assert f"sm_80 {matrix[2].name}: its sources changed since it was built" in problems
+    assert f"sm_80 {matrix[3].name}: missing from the bundle" in problems
+
+
 @pytest.mark.parametrize("arch", specs.ARCHES)
 def test_the_committed_bundle(arch: str) -> None:
     """Sound, complete, and its machine code declares the parameters and the block that the manifest says."""

@@ -134,7 +134,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it(attention: Attention, t
     tensors = inputs(problem)
     tensors[tensor][1, 1, 40, 5] = bad
     out, _ = attention(problem, tensors)
-    clean: Array = np.isfinite(out).all(-1)
+    clean = np.asarray(np.isfinite(out).all(-1))
     reached = visible(problem, tensors)[1, 2:, :, 40]
     if tensor == "k" and not np.isnan(bad):  # scores of +inf and -inf, by the sign of the query
         scores = tensors["q"][1, 2:, :, 5].astype(np.float64) * bad

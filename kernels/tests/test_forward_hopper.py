@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kernels import emulator, specs
+from kernels import compile, emulator, specs
+from kernels.tests.planted_faults import planted_sources
 
-SOURCE = (Path(__file__).parents[1] / "forward_hopper.py").read_text()
+KERNELS = Path(__file__).parents[1]
+SOURCE = (KERNELS / "forward_hopper.py").read_text()
 DTYPES = {"f16": emulator.FLOAT16, "bf16": emulator.BFLOAT16}
 FAR = 1 << 29  # a bound of a band that is no bound
 
@@ -59,15 +67,15 @@ def oracle(
     """Attention and its log-sum-exp in `precision`; for float32, P and the output are rounded to the input dtype."""
     group = case.heads[1] // case.heads[2]
     k, v = (np.repeat(x, group, 1).astype(precision) for x in (k, v))
-    round_ = DTYPES[case.dtype].round if precision is np.float32 else (lambda x: x)
+    rounded = DTYPES[case.dtype].round if precision is np.float32 else np.asarray
     with np.errstate(all="ignore"):
-        s = q.astype(precision) @ k.swapaxes(2, 3) * precision(case.scale)
-        s = np.where(visible(case), s, -np.inf)
-        m = s.max(-1, keepdims=True, initial=-np.inf)
-        p = np.exp(s - np.where(m == -np.inf, 0, m))
-        l = p.sum(-1, keepdims=True)
-        lse = np.where(l == 0, -np.inf, m + np.log(l))
-        out = round_(round_(p / np.where(l == 0, 1, l)) @ v)
+        scores = q.astype(precision) @ k.swapaxes(2, 3) * precision(case.scale)
+        scores = np.where(visible(case), scores, -np.inf)
+        peak = scores.max(-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
+        total = weights.sum(-1, keepdims=True)
+        lse = np.where(total == 0, -np.inf, peak + np.log(total))
+        out = rounded(rounded(weights / np.where(total == 0, 1, total)) @ v)
     return out, lse[..., 0]
 
 
@@ -101,9 +109,14 @@ def attention(
     return out, lse.reshape(out.shape[:3])
 
 
-def check(kernel: emulator.Kernel, case: Case, schedule: int = 0) -> None:
+def check(
+    kernel: emulator.Kernel,
+    case: Case,
+    schedule: int = 0,
+    tensors: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> None:
     """The project's gate, per tensor: at most 1.5 times the error of eager attention with rounded P and output."""
-    q, k, v = inputs(case, schedule)
+    q, k, v = tensors or inputs(case, schedule)
     out, lse = attention(kernel, case, q, k, v, schedule)
     exact, exact_lse = oracle(case, q, k, v)
     eager, _ = oracle(case, q, k, v, np.float32)
@@ -166,13 +179,13 @@ def kernel() -> emulator.Kernel:
     return emulator.load(SOURCE)["attention_forward_hopper"]
 
 
-@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("schedule", range(2))
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_oracle(kernel: emulator.Kernel, name: str, schedule: int) -> None:
     check(kernel, CASES[name], schedule)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(32))
 def test_matches_the_oracle_on_random_problems(kernel: emulator.Kernel, seed: int) -> None:
     rng = np.random.default_rng(seed)
     heads_kv = int(rng.integers(1, 4))
@@ -265,6 +278,14 @@ def test_infinite_scores(kernel: emulator.Kernel) -> None:
     assert np.isnan(out[:, :, 15:26]).all() and np.isfinite(out[:, :, :15]).all()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_far_from_zero(kernel: emulator.Kernel, sign: int) -> None:
+    case = Case(seq=(40, 40), band=(-5, 5), dtype="f16")
+    q, k, v = inputs(case)
+    q, k = np.abs(q), 100 * sign * np.abs(k)
+    check(kernel, case, tensors=(q, DTYPES["f16"].round(k), v))
+
+
 def test_rows_that_see_nothing_read_nothing(kernel: emulator.Kernel) -> None:
     for case in (Case(band=(-FAR, -200)), Case(band=(200, FAR))):
         q, k, v = inputs(case)
@@ -273,107 +294,154 @@ def test_rows_that_see_nothing_read_nothing(kernel: emulator.Kernel) -> None:
         assert not out.any() and np.isneginf(lse).all()
 
 
-# Each fault is a list of replacements in the text of the kernel. All have to be noticed by some case of the suite: as an
-# error of the emulator, or as a wrong number.
-FAULTS: dict[str, list[tuple[str, str]]] = {
-    "empty: phase": [("(n // self.stages) & 1) ^ 1)", "(n // self.stages) & 1))")],
-    "full: phase": [("% self.stages), (n // self.stages) & 1)", "% self.stages), ((n // self.stages) & 1) ^ 1)")],
-    "full: stage": [("self.full.index(n % self.stages)", "self.full.index((n + 1) % self.stages)")],
-    "tile: stage": [("self.tiles.index(n % self.stages)", "self.tiles.index((n + 1) % self.stages)")],
-    "release: stage": [("[self.empty.index(n % self.stages)]", "[self.empty.index((n + 1) % self.stages)]")],
-    "load: stage": [("self.tiles.index(stage))", "self.tiles.index((stage + 1) % self.stages))")],
-    "load: barrier": [("self.full.index(stage), self.tiles", "self.full.index((stage + 1) % self.stages), self.tiles")],
-    "expect: half": [("desc.block_type.nbytes)", "desc.block_type.nbytes // 2)")],
-    "expect: double": [("desc.block_type.nbytes)", "desc.block_type.nbytes * 2)")],
-    "no wait for empty": [("        mbarrier.wait(self.empty.index(stage), ((n // self.stages) & 1) ^ 1)\n", "")],
-    "arrivals: one a warpgroup": [("count=readers * WARPS", "count=readers")],
-    "arrivals: one consumer": [("count=readers * WARPS", "count=WARPS")],
-    "arrivals: every lane": [("elect.sync _|p, 0xffffffff; @p", "")],
-    "no fence after the barriers": [("    fence_async_shared()\n    p = Problem(", "    p = Problem(")],
-    "no fence before the store": [("        fence_async_shared()\n        tma.async_store", "        tma.async_store")],
-    "query tile: one group": [("row + wg * p.ROWS, tiles", "row, tiles")],
-    "query fill: same stage": [("tiles * CONSUMERS + wg)", "tiles * CONSUMERS)")],
-    "producer: tiles not counted": [("        tiles += 1\n", "")],
-    "producer: blocks not counted": [("        blocks += steps\n        tiles", "        tiles")],
-    "producer: key head": [("head_kv = head_q // p.group", "head_kv = head_q % (p.num_heads_q // p.group)")],
-    "producer: value of the block before": [("col - (i - 1) * p.KEYS", "col - i * p.KEYS")],
-    "producer: last value": [("col - (steps - 1) * p.KEYS, blocks", "col - steps * p.KEYS, blocks")],
-    "no wait for query": [("        q_ring.wait(tile)\n", "")],
-    "no wait for the first key": [("        k_ring.wait(blocks)\n", "")],
-    "no wait for the first value": [("        v_ring.wait(blocks)\n", "")],
-    "no wait for key": [("            k_ring.wait(n)\n", "")],
-    "no wait for value": [("            v_ring.wait(n)\n", "")],
+# Each fault is a list of edits of the kernel's text. All have to be noticed by some case of the suite: as an error of
+# the emulator, or as a wrong number.
+Edit = Callable[[str], str]
+
+
+def swap(old: str, new: str) -> Edit:
+    def edit(text: str) -> str:
+        assert text.count(old) == 1, f"{text.count(old)} places for {old!r}"
+        return text.replace(old, new)
+
+    return edit
+
+
+def _line(text: str, line: str) -> re.Match[str]:
+    """The only line that starts with `line`, after its indentation."""
+    found = list(re.finditer(rf"^( *){re.escape(line)}.*\n", text, re.M))
+    assert len(found) == 1, f"{len(found)} lines {line!r}"
+    return found[0]
+
+
+def drop(line: str) -> Edit:
+    """A statement becomes `pass`."""
+    return lambda text: text.replace(_line(text, line)[0], f"{_line(text, line)[1]}pass\n")
+
+
+def insert(line: str, before: str) -> Edit:
+    return lambda text: text.replace(
+        _line(text, before)[0], f"{_line(text, before)[1]}{line}\n{_line(text, before)[0]}"
+    )
+
+
+def move(line: str, before: str) -> list[Edit]:
+    return [drop(line), insert(line, before)]
+
+
+FAULTS: dict[str, list[Edit]] = {
+    "empty: phase": [swap("& 1) ^ 1)", "& 1))")],
+    "empty: no wait": [drop("mbarrier.wait(self.empty")],
+    "full: phase": [swap("% self.stages), (n // self.stages) & 1)", "% self.stages), ((n // self.stages) & 1) ^ 1)")],
+    "full: stage": [swap("self.full.index(n % self.stages)", "self.full.index((n + 1) % self.stages)")],
+    "tile: stage": [swap("self.tiles.index(n % self.stages)", "self.tiles.index((n + 1) % self.stages)")],
+    "release: stage": [swap("[self.empty.index(n % self.stages)]", "[self.empty.index((n + 1) % self.stages)]")],
+    "release: every lane": [swap("elect.sync _|p, 0xffffffff; @p", "")],
+    "load: stage": [swap("self.tiles.index(stage))", "self.tiles.index((stage + 1) % self.stages))")],
+    "load: barrier": [swap("index(stage), self.tiles", "index((stage + 1) % self.stages), self.tiles")],
+    "load: half the bytes": [swap("desc.block_type.nbytes)", "desc.block_type.nbytes // 2)")],
+    "load: twice the bytes": [swap("desc.block_type.nbytes)", "desc.block_type.nbytes * 2)")],
+    "barriers: one arrival a warpgroup": [swap("count=readers * WARPS", "count=readers")],
+    "barriers: one reader": [swap("count=readers * WARPS", "count=WARPS")],
+    "barriers: no fence": [swap("    fence_async_shared()\n    p = ", "    p = ")],
+    "producer: query of one consumer": [swap("row + wg * p.ROWS, tiles", "row, tiles")],
+    "producer: one query stage": [swap("tiles * CONSUMERS + wg)", "tiles * CONSUMERS)")],
+    "producer: tiles not counted": [drop("tiles += 1")],
+    "producer: blocks not counted": [swap("        blocks += steps\n        tiles", "        tiles")],
+    "producer: key head": [swap("head_q // p.group", "head_q % (p.num_heads_q // p.group)")],
+    "producer: value of another block": [swap("col - (i - 1) * p.KEYS", "col - i * p.KEYS")],
+    "producer: last value": [swap("col - (steps - 1) * p.KEYS, blocks", "col - steps * p.KEYS, blocks")],
+    "no wait for query": [drop("q_ring.wait(query)")],
+    "no wait for the first key": [drop("k_ring.wait(blocks)")],
+    "no wait for the first value": [drop("v_ring.wait(blocks)")],
+    "no wait for key": [drop("k_ring.wait(n)")],
+    "no wait for value": [drop("v_ring.wait(n)")],
+    "no release of query": [swap("if OWN_OUT:\n            q_ring.release(query)", "pass")],
+    "no release of the first key": [drop("k_ring.release(blocks)")],
+    "no release of key": [drop("k_ring.release(n)")],
+    "no release of value": [drop("v_ring.release(n - 1)")],
+    "no release of the last value": [drop("v_ring.release(blocks - 1)")],
     "early release of query": [
-        ("        if OWN_OUT:\n            q_ring.release(tile)\n", ""),
-        ("        v_ring.wait(blocks)\n", "        v_ring.wait(blocks)\n        if OWN_OUT:\n            q_ring.release(tile)\n"),
+        swap("if OWN_OUT:\n            q_ring.release(query)", "pass"),
+        insert("if OWN_OUT: q_ring.release(query)", before="for i in range(1, steps):\n            # The scores"),
     ],
-    "no release of query": [("        if OWN_OUT:\n            q_ring.release(tile)\n", "")],
-    "no release of the first key": [("        k_ring.release(blocks)\n", "")],
-    "no release of key": [("            k_ring.release(n)\n", "")],
-    "no release of value": [("            v_ring.release(n - 1)\n", "")],
-    "no release of the last value": [("        v_ring.release(blocks - 1)\n", "")],
-    "early release of key": [
-        ("            k_ring.release(n)\n", ""),
-        ("            s = warpgroup_mma_wait(num_outstanding=1", "            k_ring.release(n)\n            s = warpgroup_mma_wait(num_outstanding=1"),
-    ],
-    "early release of value": [
-        ("            v_ring.release(n - 1)\n", ""),
-        ("            v_ring.wait(n)\n", "            v_ring.release(n - 1)\n            v_ring.wait(n)\n"),
-    ],
-    "early release of the last value": [
-        ("        v_ring.release(blocks - 1)\n", ""),
-        ("        o = warpgroup_mma_wait(num_outstanding=0, deps=[o])\n\n", ""),
-        (
-            "        l = gl.convert_layout(gl.sum",
-            "        v_ring.release(blocks - 1)\n        o = warpgroup_mma_wait(num_outstanding=0, deps=[o])\n        l = gl.convert_layout(gl.sum",
+    "early release of the first key": [
+        drop("k_ring.release(blocks)"),
+        swap(
+            "        s = warpgroup_mma_wait(num_outstanding=0",
+            "        k_ring.release(blocks); s = warpgroup_mma_wait(num_outstanding=0",
         ),
     ],
-    "scores used in flight": [("num_outstanding=1, deps=[s]", "num_outstanding=2, deps=[s]")],
-    "output used in flight": [("            o = warpgroup_mma_wait(num_outstanding=0", "            o = warpgroup_mma_wait(num_outstanding=1")],
-    "values of this block": [("v_ring.tile(n - 1), o", "v_ring.tile(n), o")],
-    "ping-pong: nobody starts": [("        if WG == 1:\n            _pass_turn(WG)", "        pass")],
-    "ping-pong: both start": [("        if WG == 1:\n            _pass_turn(WG)", "        _pass_turn(WG)")],
-    "ping-pong: last turn not taken": [("            _take_turn(WG)  # the turn", "            pass  # the turn")],
-    "ping-pong: turn not passed": [("                _pass_turn(WG)\n            s =", "                pass\n            s =")],
-    "ping-pong: own turn": [('gl.inline_asm("bar.arrive 9, 256;")', 'gl.inline_asm("bar.arrive 8, 256;")')],
-    "ping-pong: half the threads": [('gl.inline_asm("bar.sync 8, 256;")', 'gl.inline_asm("bar.sync 8, 128;")')],
-    "consumer: tiles not counted": [("        tile += CONSUMERS\n", "")],
-    "consumer: blocks not counted": [("        blocks += steps\n        o = warp", "        o = warp"), ("v_ring.tile(blocks - 1)", "v_ring.tile(blocks + steps - 1)"), ("v_ring.release(blocks - 1)", "v_ring.release(blocks + steps - 1)")],
-    "consumer: same rows": [("        row += WG * p.ROWS\n", "")],
-    "mask: right edge": [("(cols < end)", "(cols <= end)")],
-    "mask: left edge": [("(cols >= rows + self.band_lo)", "(cols > rows + self.band_lo)")],
-    "mask: end of the keys": [("gl.where(cols < self.seq_len_k", "gl.where(cols <= self.seq_len_k")],
-    "mask: end of the keys, band": [("end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k)", "end = rows + self.band_hi + 1")],
-    "mask: skipped at the left edge": [("(col < last_begin)", "(col < last_begin - 1)")],
-    "mask: skipped at the right edge": [("(col + self.KEYS > first_end)", "(col + self.KEYS > first_end + 1)")],
-    "mask: skipped at the end": [("if col + self.KEYS > self.seq_len_k", "if col + self.KEYS > self.seq_len_k + 1")],
-    "mask: only one row at the left edge": [("last_begin = row + self.ROWS - 1", "last_begin = row")],
-    "mask: of another block": [("p.mask(s, row, col - i * p.KEYS", "p.mask(s, row, col - (i - 1) * p.KEYS")],
-    "tile: last key": [("last_row + self.band_hi + 1, keys", "last_row + self.band_hi, keys")],
-    "tile: first block": [("begin = gl.maximum(row + self.band_lo, 0) //", "begin = gl.maximum(row + self.band_lo + 1, 0) //")],
-    "tile: negative begin": [("gl.maximum(row + self.band_lo, 0) //", "(row + self.band_lo) //")],
-    "tile: last row": [("self.seq_len_q) - 1", "self.seq_len_q) - 2")],
-    "tile: rounds down": [("end = (keys + self.KEYS - 1)", "end = keys")],
-    "tile: blind rows read keys": [("self.seq_len_k // self.KEYS + 1)", "0)")],
-    "softmax: starts at -inf": [("lowest = -3.0e38 /", 'lowest = float("-inf") /')],
-    "softmax: starts too low to scale": [("-3.0e38 / gl.maximum(scale_log2, 1.0)", "-3.0e38 * gl.maximum(scale_log2, 1.0)")],
-    "softmax: starts at 0": [("lowest = -3.0e38 /", "lowest = 0.0 /")],
-    "softmax: sum not rescaled": [("l = _scale_rows(l, alpha) + ", "l = l + ")],
-    "softmax: output not rescaled": [("            o = _scale_rows(o, alpha)\n", "")],
-    "division by the empty sum": [("gl.where(l == 0.0, 0.0, 1.0 / l)", "1.0 / l")],
-    "lse: base 2": [(" * LN_2)", ")")],
-    "lse: beyond the rows": [(", mask=rows < p.seq_len_q)", ")")],
-    "lse: row before": [("p.seq_len_q + rows, value", "p.seq_len_q + (rows - 1), value")],
-    "lse: null": [("lse.to(gl.int64) != 0", "p.seq_len_q != 0")],
-    "store: no wait for the store before": [("            tma.store_wait(0)  # the store of", "            pass  # the store of")],
-    "store: no barrier after the wait": [("has read `out`\n            gl.barrier()\n", "has read `out`\n")],
-    "store: query released early": [
-        ("            tma.store_wait(0)\n            gl.barrier()\n            q_ring", "            q_ring"),
+    "early release of key": move("k_ring.release(n)", before="s = warpgroup_mma_wait(num_outstanding=1"),
+    "early release of value": move("v_ring.release(n - 1)", before="v_ring.wait(n)"),
+    "early release of the last value": [
+        drop("v_ring.release(blocks - 1)"),
+        swap(
+            "v_ring.tile(blocks - 1), o, is_async=True)",
+            "v_ring.tile(blocks - 1), o, is_async=True); v_ring.release(blocks - 1)",
+        ),
     ],
-    "store: query released without barrier": [("            gl.barrier()\n            q_ring", "            q_ring")],
-    "store: CTA ends early": [("    tma.store_wait(0)\n\n\n", "\n\n")],
-    "store: wrong tile": [("out = out_tiles.index(WG)", "out = out_tiles.index(0)")],
-    "registers": [("[240, 24],", "[248, 24],")],
+    "scores in flight": [swap("num_outstanding=1, deps=[s]", "num_outstanding=2, deps=[s]")],
+    "output in flight": [
+        swap(
+            "v_ring.wait(n)\n            o = warpgroup_mma_wait(num_outstanding=0",
+            "v_ring.wait(n)\n            o = warpgroup_mma_wait(num_outstanding=1",
+        )
+    ],
+    "values of this block": [swap("v_ring.tile(n - 1), o", "v_ring.tile(n), o")],
+    "ping-pong: nobody starts": [swap("        if WG == 1:\n            _pass_turn(WG)", "        pass")],
+    "ping-pong: both start": [swap("        if WG == 1:\n            _pass_turn(WG)", "        _pass_turn(WG)")],
+    "ping-pong: last turn not taken": [drop("_take_turn(WG)  # the turn")],
+    "ping-pong: turn not passed": [
+        swap("                _pass_turn(WG)\n            s =", "                pass\n            s =")
+    ],
+    "ping-pong: own turn": [swap('"bar.arrive 9, 256;"', '"bar.arrive 8, 256;"')],
+    "ping-pong: half the threads": [swap('"bar.sync 8, 256;"', '"bar.sync 8, 128;"')],
+    "consumer: tiles not counted": [drop("query += CONSUMERS")],
+    "consumer: blocks not counted": [
+        swap("        blocks += steps\n        o = ", "        o = "),
+        swap("v_ring.tile(blocks - 1)", "v_ring.tile(blocks + steps - 1)"),
+        swap("v_ring.release(blocks - 1)", "v_ring.release(blocks + steps - 1)"),
+    ],
+    "consumer: same rows": [drop("row += WG * p.ROWS")],
+    "mask: right edge": [swap("(cols < end)", "(cols <= end)")],
+    "mask: left edge": [swap("(cols >= rows + self.band_lo)", "(cols > rows + self.band_lo)")],
+    "mask: end of the keys": [swap("gl.where(cols < self.seq_len_k", "gl.where(cols <= self.seq_len_k")],
+    "mask: end of the keys, band": [
+        swap("end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k)", "end = rows + self.band_hi + 1")
+    ],
+    "mask: skipped at the left edge": [swap("(col < last_begin)", "(col < last_begin - 1)")],
+    "mask: skipped at the right edge": [swap("(col + self.KEYS > first_end)", "(col + self.KEYS > first_end + 1)")],
+    "mask: skipped at the end": [
+        swap("if col + self.KEYS > self.seq_len_k", "if col + self.KEYS > self.seq_len_k + 1")
+    ],
+    "mask: only the first row at the left edge": [swap("last_begin = row + self.ROWS - 1", "last_begin = row")],
+    "mask: of another block": [swap("p.mask(s, row, col - i * p.KEYS", "p.mask(s, row, col - (i - 1) * p.KEYS")],
+    "blocks: last key": [swap("last_row + self.band_hi + 1, keys", "last_row + self.band_hi, keys")],
+    "blocks: last row": [swap("self.seq_len_q) - 1", "self.seq_len_q) - 2")],
+    "blocks: first key": [swap("row + self.band_lo, 0) //", "row + self.band_lo + 1, 0) //")],
+    "blocks: negative": [swap("gl.maximum(row + self.band_lo, 0) //", "(row + self.band_lo) //")],
+    "blocks: rounded down": [swap("end = (keys + self.KEYS - 1)", "end = keys")],
+    "blocks: blind rows read keys": [swap("self.seq_len_k // self.KEYS + 1)", "0)")],
+    "softmax: starts at -inf": [swap("-3.0e38", 'float("-inf")')],
+    "softmax: starts at 0": [swap("-3.0e38", "0.0")],
+    "softmax: maximum not scaled": [swap("gl.max(s, 1) * scale_log2)", "gl.max(s, 1))")],
+    "softmax: sum not rescaled": [swap("l = _scale_rows(l, alpha) + ", "l = l + ")],
+    "softmax: output not rescaled": [drop("o = _scale_rows(o, alpha)")],
+    "softmax: division by the empty sum": [swap("gl.where(l == 0.0, 0.0, 1.0 / l)", "1.0 / l")],
+    "lse: to base 2": [swap(" * LN_2\n", "\n")],
+    "lse: beyond the rows": [swap(", mask=rows < p.seq_len_q)", ")")],
+    "lse: of the row before": [swap("p.seq_len_q + rows, value", "p.seq_len_q + (rows - 1), value")],
+    "lse: null": [swap("lse.to(gl.int64) != 0", "p.seq_len_q != 0")],
+    "store: no fence": [swap("        fence_async_shared()\n        tma", "        tma")],
+    "store: no wait for the one before": [drop("tma.store_wait(0)  # the store")],
+    "store: no barrier after the wait": [swap("has read `out`\n            gl.barrier()\n", "has read `out`\n")],
+    "store: query released early": [swap("            tma.store_wait(0)\n            gl.barrier()\n", "")],
+    "store: query released by those who did not wait": [
+        swap("            gl.barrier()\n            q_ring", "            q_ring")
+    ],
+    "store: unfinished": [swap("    tma.store_wait(0)\n\n\n", "\n\n")],
+    "store: tile of the other consumer": [swap("out_tiles.index(WG)", "out_tiles.index(0)")],
 }
 SUITE = [
     Case(heads=(1, 4, 2), ctas=2, scale=3.0),
@@ -381,35 +449,27 @@ SUITE = [
     Case(band=(-20, 5), ctas=2, stages=3),
     Case(seq=(96, 96), ctas=2).causal(),
     Case(seq=(64, 64), band=(-16, 16)),
+    Case(seq=(96, 96), band=(-30, 14)),
+    Case(seq=(100, 100), band=(-17, 9)),
     Case(seq=(90, 40), band=(-9, 2)),
-    Case(seq=(49, 49), band=(-FAR, 0)),
     Case(seq=(48, 47)),
     Case(seq=(47, 95), band=(-FAR, 1)),
     Case(lse=False),
 ]
 
 
-def planted(fault: str) -> str:
-    text = SOURCE
-    for old, new in FAULTS[fault]:
-        assert text.count(old) == 1, f"{fault}: {text.count(old)} places for {old!r}"
-        text = text.replace(old, new)
-    return text
-
-
 def noticed(text: str) -> str | None:
     """What the suite says about a kernel; None if it finds nothing."""
     kernel = emulator.load(text)["attention_forward_hopper"]
-    for schedule in range(3):
-        for case in SUITE:
-            try:
-                check(kernel, case, schedule)
-            except (emulator.KernelError, AssertionError) as error:
-                return f"{type(error).__name__}: {error}"
     try:
+        for schedule in range(2):
+            for case in SUITE:
+                check(kernel, case, schedule)
+        test_infinite_scores(kernel)
+        test_scores_far_from_zero(kernel, -1)
         test_rows_that_see_nothing_read_nothing(kernel)
-    except AssertionError as error:
-        return f"AssertionError: {error}"
+    except (emulator.KernelError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -419,4 +479,49 @@ def test_the_suite_accepts_the_kernel() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault: str) -> None:
-    assert noticed(planted(fault))
+    text = SOURCE
+    for edit in FAULTS[fault]:
+        text = edit(text)
+    assert noticed(text)
+
+
+# --- machine code ---
+
+
+@pytest.mark.parametrize(("head_dim", "band"), [(64, False), (128, True), (256, True)])
+def test_the_machine_code_overlaps_softmax_and_products(head_dim: int, band: bool, tmp_path: Path) -> None:
+    spec = specs.hopper("bf16", head_dim, band)
+    ((_, members),) = compile.compile_all([spec], 1)
+    assert isinstance(members, list), members
+    assert members[0].entry["spill_bytes"] == 0
+    (tmp_path / "kernel.cubin").write_bytes(members[0].code)
+    sass = compile.run_tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS"):
+        assert instruction in sass
+    # In the loop of either consumer all exponentials come before the wait for the product P V.
+    loops = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass, re.S)
+    exponentials = specs.CONSUMER_ROWS * spec.tile.key // 128 + 2
+    assert [loop.count("MUFU.EX2") for loop in loops] == [exponentials] * 2
+
+
+BUILD = """
+import tempfile
+from kernels import compile, specs
+with tempfile.TemporaryDirectory() as cache:
+    compile.prepare_environment(cache)
+    compile.compile_spec(specs.hopper("bf16", 64, False))
+"""
+
+
+def test_faults_for_the_sanitizer_compile(tmp_path: Path) -> None:
+    builds = []
+    for fault, text in planted_sources():
+        tree = tmp_path / fault.name
+        shutil.copytree(KERNELS, tree / "kernels", ignore=shutil.ignore_patterns("__pycache__", "tests"))
+        (tree / "kernels" / "forward_hopper.py").write_text(text)
+        (tree / "build.py").write_text(BUILD)
+        command = [sys.executable, str(tree / "build.py")]
+        builds.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tree)}, stderr=subprocess.PIPE))
+    for build in builds:
+        _, error = build.communicate()
+        assert build.returncode == 0, error.decode()

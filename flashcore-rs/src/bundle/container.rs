@@ -47,6 +47,23 @@ pub(super) fn unpack(bytes: &[u8]) -> Result<(Vec<u8>, Vec<u8>), BundleError> {
     Ok((manifest.unpack(manifest_bytes)?, code.unpack(code_bytes)?))
 }
 
+/// Packs sections that [`unpack`] gives back; for tests, since bundles are made by `kernels/bundle.py`.
+pub(crate) fn pack(manifest: &[u8], code: &[u8]) -> Vec<u8> {
+    use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+
+    let sections = [manifest, code].map(|raw| (raw, compress_to_vec(raw, CompressionLevel::Fastest)));
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend([0; 4]);
+    for (raw, compressed) in &sections {
+        bytes.extend((compressed.len() as u64).to_le_bytes());
+        bytes.extend((raw.len() as u64).to_le_bytes());
+        bytes.extend(Sha256::digest(raw));
+    }
+    sections.iter().for_each(|(_, compressed)| bytes.extend(compressed));
+    bytes
+}
+
 fn section(name: &'static str, header: &[u8], at: usize) -> Section {
     Section {
         name,

@@ -7,6 +7,7 @@ pub mod manifest;
 
 use sha2::{Digest, Sha256};
 
+pub(crate) use self::container::pack;
 pub use self::manifest::{Manifest, Variant};
 use crate::error::BundleError;
 

@@ -147,6 +147,9 @@ impl<'a, S: Scalar, const ROWS: usize> Call<'a, S, ROWS> {
         for (r, &(head, i)) in rows.places.iter().enumerate() {
             let row = &rows.out[r * dim..][..dim];
             let first = offset(p.out_strides, [rows.batch, head, i, 0]);
+            if dim == 0 {
+                continue; // `out` is empty, whatever its strides say
+            }
             if stride == 1 {
                 out[first..][..dim].copy_from_slice(row);
             } else {

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Stream, log_drop_error};
+use super::stream::hold_all;
+use super::{DeviceContext, Stream};
+use crate::driver::StreamHandle;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 
@@ -16,25 +18,41 @@ pub struct DeviceBuffer {
 #[derive(Debug)]
 pub(crate) struct BufferInner {
     home: Stream,
-    address: u64,
-    bytes: usize,
-    zero_on_drop: bool,
+    memory: Memory,
     /// Held from the first join to the last of one piece of work. Borrows alone do not order threads here: a graph
     /// writes to buffers that it shares.
     enqueue: Mutex<()>,
 }
 
+/// An allocation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Memory {
+    address: u64,
+    bytes: usize,
+    zero: bool,
+}
+
+impl Memory {
+    /// Frees the memory in the order of `stream`, zeroing it first if it holds a secret.
+    pub(super) fn free(self, stream: &Stream) -> Result<()> {
+        let Self { address, bytes, zero } = self;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let context = stream.context();
+        if zero {
+            // Memory that could not be zeroed is not given back.
+            context.driver.memset(context.handle, address, 0, bytes, stream.handle())?;
+        }
+        context.driver.free(context.handle, address, stream.handle())
+    }
+}
+
 impl Drop for BufferInner {
     fn drop(&mut self) {
-        let context = self.home.context();
-        if self.bytes == 0 {
-            return;
+        if self.memory.bytes > 0 {
+            self.home.free(self.memory);
         }
-        if self.zero_on_drop {
-            let zeroed = context.driver.memset(context.handle, self.address, 0, self.bytes, self.home.handle());
-            log_drop_error("a secret buffer", zeroed);
-        }
-        log_drop_error("a buffer", context.driver.free(context.handle, self.address, self.home.handle()));
     }
 }
 
@@ -44,33 +62,58 @@ impl BufferInner {
     }
 }
 
+/// What becomes of work on a stream that is being captured.
+#[derive(Clone, Copy)]
+pub(crate) enum Captured {
+    /// It goes into the graph.
+    Allowed,
+    /// It is refused under this name.
+    Refused(&'static str),
+}
+
 /// Queues `work` on `stream`, ordered with every other use of `buffers`.
 pub(crate) fn enqueue(
     stream: &Stream,
-    buffers: &mut [&Arc<BufferInner>],
+    buffers: &mut Vec<&Arc<BufferInner>>,
+    captured: Captured,
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
+    if let Some(buffer) = buffers.iter().find(|buffer| !buffer.home.context().is(stream.context())) {
+        let given = format!("a buffer of cuda:{}", buffer.home.ordinal());
+        return Err(Error::invalid("buffer", given, "buffers of the stream's device and driver"));
+    }
     // Address order, each once: two threads with the same buffers cannot deadlock.
     buffers.sort_unstable_by_key(|buffer| Arc::as_ptr(buffer).addr());
-    let mut guards: Vec<MutexGuard<'_, ()>> = Vec::new();
-    let mut previous = None;
-    for buffer in buffers.iter() {
-        if previous != Some(Arc::as_ptr(buffer)) {
-            guards.push(buffer.lock());
+    buffers.dedup_by(|a, b| Arc::ptr_eq(a, b));
+    let _turns: Vec<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
+    let mut streams: Vec<&Stream> = buffers.iter().map(|buffer| &buffer.home).chain([stream]).collect();
+    let holds = hold_all(&mut streams);
+    for hold in holds.iter().filter(|hold| hold.is_on(stream)) {
+        match captured {
+            // The graph joins at each launch instead; a capture may not wait for work outside it.
+            Captured::Allowed if hold.keep(buffers)? => return work(),
+            Captured::Refused(what) => hold.refuse_capture(what)?,
+            Captured::Allowed => {}
         }
-        previous = Some(Arc::as_ptr(buffer));
     }
-    if stream.is_capturing() {
-        // The graph joins at each launch instead; a capture may not wait for work outside it.
-        buffers.iter().for_each(|buffer| stream.retain_for_capture(buffer));
+    if buffers.is_empty() {
+        // Foreign memory only, whose order is the caller's contract, also in captures by other libraries.
         return work();
     }
-    for buffer in buffers.iter() {
-        stream.wait_for(&buffer.home)?;
+    holds.iter().try_for_each(|hold| hold.refuse_capture("buffer"))?;
+    streams.iter().try_for_each(|home| stream.follow(home))?;
+    let worked = work();
+    // Also after a failure: part of the work may be on its way.
+    let joined = streams.iter().try_for_each(|home| home.follow(stream)).or_else(|error| {
+        log::warn!("waiting on the host, because streams could not be joined: {error}");
+        let context = stream.context();
+        context.driver.synchronize(context.handle, stream.handle())
+    });
+    if joined.is_err() {
+        // Nobody can say when the work ends, so its memory is never given back.
+        buffers.iter().for_each(|buffer| std::mem::forget(Arc::clone(buffer)));
     }
-    work()?;
-    let joined = buffers.iter().try_for_each(|buffer| buffer.home.wait_for(stream));
-    joined.or_else(|error| stream.synchronize().and(Err(error)))
+    worked.and(joined)
 }
 
 impl DeviceBuffer {
@@ -79,14 +122,15 @@ impl DeviceBuffer {
     /// # Errors
     /// [`Error::OutOfMemory`]; [`Error::InvalidArgument`] while the stream is being captured.
     pub fn uninit(stream: &Stream, bytes: usize) -> Result<Self> {
-        stream.refuse_while_capturing("allocation")?;
         let context = stream.context();
+        let hold = stream.hold();
+        hold.refuse_capture("allocation")?;
         let address = match bytes {
             0 => 0,
             _ => context.driver.alloc(context.handle, bytes, stream.handle())?,
         };
-        let inner = BufferInner { home: stream.clone(), address, bytes, zero_on_drop: false, enqueue: Mutex::new(()) };
-        Ok(Self { inner: Arc::new(inner) })
+        let memory = Memory { address, bytes, zero: false };
+        Ok(Self { inner: Arc::new(BufferInner { home: stream.clone(), memory, enqueue: Mutex::new(()) }) })
     }
 
     /// Memory filled with one byte value.
@@ -95,10 +139,9 @@ impl DeviceBuffer {
     /// As [`DeviceBuffer::uninit`].
     pub fn filled(stream: &Stream, bytes: usize, value: u8) -> Result<Self> {
         let buffer = Self::uninit(stream, bytes)?;
-        if bytes > 0 {
-            let context = stream.context();
-            context.driver.memset(context.handle, buffer.address(), value, bytes, stream.handle())?;
-        }
+        buffer.queue("fill", |context, home| {
+            context.driver.memset(context.handle, buffer.address(), value, bytes, home)
+        })?;
         Ok(buffer)
     }
 
@@ -109,14 +152,14 @@ impl DeviceBuffer {
     pub fn from_slice<T: Element>(stream: &Stream, data: &[T]) -> Result<Self> {
         let bytes = as_bytes(data);
         let buffer = Self::uninit(stream, bytes.len())?;
-        if !bytes.is_empty() {
-            let context = stream.context();
-            context.driver.copy_to_device(context.handle, buffer.address(), bytes, stream.handle())?;
-        }
+        buffer.queue("copy", |context, home| {
+            context.driver.copy_to_device(context.handle, buffer.address(), bytes, home)
+        })?;
         Ok(buffer)
     }
 
-    /// Copies the contents to the host, after everything queued on the buffer.
+    /// Copies the contents to the host, after everything queued on the buffer. Memory that nothing was written to holds
+    /// anything.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] when the size is not a multiple of `T`'s, or the home stream is being captured; an
@@ -126,15 +169,24 @@ impl DeviceBuffer {
         if self.len() % size != 0 {
             return Err(Error::invalid("buffer", format!("{} bytes", self.len()), format!("a multiple of {size}")));
         }
-        self.inner.home.refuse_while_capturing("copy")?;
         let mut data = vec![T::default(); self.len() / size];
-        if !data.is_empty() {
-            let context = self.inner.home.context();
-            let home = self.inner.home.handle();
-            let _ordered = self.inner.lock();
-            context.driver.copy_to_host(context.handle, as_bytes_mut(&mut data), self.address(), home)?;
-        }
+        self.queue("copy", |context, home| {
+            context.driver.copy_to_host(context.handle, as_bytes_mut(&mut data), self.address(), home)
+        })?;
         Ok(data)
+    }
+
+    /// Queues work on the home stream, unless there is nothing in the buffer.
+    fn queue(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&DeviceContext, StreamHandle) -> Result<()>,
+    ) -> Result<()> {
+        let home = self.home();
+        let _turn = self.inner.lock();
+        let hold = home.hold();
+        hold.refuse_capture(what)?;
+        if self.is_empty() { Ok(()) } else { work(home.context(), home.handle()) }
     }
 
     /// Overwrites the memory with zeros before it is freed, in stream order, however the buffer is dropped.
@@ -143,7 +195,7 @@ impl DeviceBuffer {
     /// [`Error::InvalidArgument`] when a captured graph already shares the buffer.
     pub fn zero_on_drop(mut self) -> Result<Self> {
         match Arc::get_mut(&mut self.inner) {
-            Some(inner) => inner.zero_on_drop = true,
+            Some(inner) => inner.memory.zero = true,
             None => return Err(Error::invalid("buffer", "shared with a graph", "a buffer no graph has captured")),
         }
         Ok(self)
@@ -151,7 +203,7 @@ impl DeviceBuffer {
 
     /// Size in bytes.
     pub fn len(&self) -> usize {
-        self.inner.bytes
+        self.inner.memory.bytes
     }
 
     /// Whether the size is 0.
@@ -170,7 +222,7 @@ impl DeviceBuffer {
     }
 
     pub(crate) fn address(&self) -> u64 {
-        self.inner.address
+        self.inner.memory.address
     }
 
     pub(crate) fn inner(&self) -> &Arc<BufferInner> {

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::buffer::{BufferInner, enqueue};
-use super::{DeviceContext, Event, Stream, log_drop_error};
+use super::buffer::{BufferInner, Captured, enqueue};
+use super::{DeviceContext, Stream, log_drop_error};
 use crate::driver::GraphHandle;
 use crate::error::{Error, Result};
 
@@ -13,13 +13,15 @@ pub struct Graph {
     context: Arc<DeviceContext>,
     handle: GraphHandle,
     buffers: Vec<Arc<BufferInner>>,
-    /// After the last launch, so that the graph is not destroyed while it runs.
-    last_launch: Mutex<Option<Event>>,
+    /// Held while launching: the driver's graphs are not thread-safe.
+    turn: Mutex<()>,
 }
 
 impl Graph {
-    pub(super) fn new(context: Arc<DeviceContext>, handle: GraphHandle, buffers: Vec<Arc<BufferInner>>) -> Self {
-        Self { context, handle, buffers, last_launch: Mutex::new(None) }
+    pub(super) fn new(context: Arc<DeviceContext>, handle: GraphHandle, mut buffers: Vec<Arc<BufferInner>>) -> Self {
+        buffers.sort_unstable_by_key(|buffer| Arc::as_ptr(buffer).addr());
+        buffers.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        Self { context, handle, buffers, turn: Mutex::new(()) }
     }
 
     /// Queues the captured work on a stream, ordered with every other use of its buffers.
@@ -27,34 +29,20 @@ impl Graph {
     /// # Errors
     /// [`Error::InvalidArgument`] for a stream of another device or one that is being captured; a driver failure.
     pub fn launch(&self, stream: &Stream) -> Result<()> {
-        if stream.ordinal() != self.context.info.ordinal {
+        if !stream.context().is(&self.context) {
             let given = format!("a stream of cuda:{}", stream.ordinal());
             return Err(Error::invalid("stream", given, format!("a stream of cuda:{}", self.context.info.ordinal)));
         }
-        stream.refuse_while_capturing("graph launch")?;
-        let mut last = self.last_launch.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(event) = last.as_ref() {
-            event.block(stream)?;
-        }
-        enqueue(stream, &mut self.buffers.iter().collect::<Vec<_>>(), || {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        enqueue(stream, &mut self.buffers.iter().collect(), Captured::Refused("graph launch"), || {
             self.context.driver.launch_graph(self.context.handle, self.handle, stream.handle())
-        })?;
-        let event = match last.take() {
-            Some(event) => event,
-            None => Event::new(self.context.clone(), false)?,
-        };
-        event.record(stream)?;
-        *last = Some(event);
-        Ok(())
+        })
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        let last = self.last_launch.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(event) = last {
-            log_drop_error("a graph", event.synchronize());
-        }
+        // The driver lets a launch in flight finish first; the buffers are freed in the order of their home streams.
         log_drop_error("a graph", self.context.driver.destroy_graph(self.context.handle, self.handle));
     }
 }

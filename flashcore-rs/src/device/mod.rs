@@ -1,10 +1,15 @@
 //! Devices, streams, buffers and graphs: asynchrony that safe code cannot misuse.
 //!
 //! One rule makes it sound. A buffer has a *home* stream: it is allocated and freed there. Work on another stream that
-//! touches the buffer first waits for the home stream, and afterwards the home stream waits for that work. So the home
-//! stream is always ordered after every use, a free on it comes after all of them, and a host read through it sees
-//! them. Concurrent readers on different streams are serialised by this rule; give them copies, or foreign views
-//! ([`crate::TensorView::from_raw`]) and order them yourself, where that matters.
+//! touches the buffer first waits for the home stream, and afterwards, even if it failed half-way, the home stream waits
+//! for that work. So the home stream is always ordered after every use, a free on it comes after all of them, and a host
+//! read through it sees them. Concurrent readers on different streams are serialised by this rule; give them copies, or
+//! foreign views ([`crate::TensorView::from_raw`]) and order them yourself, where that matters.
+//!
+//! A capture is one stream's work and stands outside this order until its graph is launched, which follows the rule. So
+//! while a stream is captured nothing waits for it, it waits for nothing, memory at home there is freed afterwards, and
+//! no other thread uses it. `docs/safety.md` has the whole argument, `tests/asynchrony.rs` the proof on a driver that
+//! checks the order of every access.
 
 mod buffer;
 mod graph;
@@ -13,11 +18,11 @@ mod stream;
 use std::sync::Arc;
 
 pub use self::buffer::DeviceBuffer;
-pub(crate) use self::buffer::{BufferInner, enqueue};
+pub(crate) use self::buffer::{BufferInner, Captured, enqueue};
 pub use self::graph::Graph;
 pub use self::stream::{Event, Stream};
 use crate::driver::{ContextHandle, DeviceInfo, Driver};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A device's primary context and the driver it belongs to.
 pub(crate) struct DeviceContext {
@@ -31,6 +36,23 @@ impl DeviceContext {
         let info = driver.device_info(ordinal)?;
         let handle = driver.retain_context(ordinal)?;
         Ok(Arc::new(Self { driver, handle, info }))
+    }
+
+    /// Whether both are the same device of the same driver.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.info.ordinal == other.info.ordinal && self.same_driver(other)
+    }
+
+    /// Handles mean nothing to another driver.
+    pub(crate) fn check_driver(&self, other: &Self) -> Result<()> {
+        match self.same_driver(other) {
+            true => Ok(()),
+            false => Err(Error::invalid("stream", "a stream of another driver", "one driver")),
+        }
+    }
+
+    fn same_driver(&self, other: &Self) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.driver), Arc::as_ptr(&other.driver))
     }
 }
 

@@ -1,8 +1,9 @@
 //! Streams and events.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::ThreadId;
 
-use super::buffer::BufferInner;
+use super::buffer::{BufferInner, Memory};
 use super::{DeviceContext, Graph, log_drop_error};
 use crate::driver::{EventHandle, StreamHandle};
 use crate::error::{Error, Result};
@@ -18,8 +19,31 @@ struct StreamInner {
     context: Arc<DeviceContext>,
     handle: StreamHandle,
     owned: bool,
-    /// What the capture in progress must keep alive; `None` when this crate is not capturing the stream.
-    capturing: Mutex<Option<Vec<Arc<BufferInner>>>>,
+    /// The capture in progress. Whoever queues work holds this for reading, so that a capture by another thread begins
+    /// and ends between pieces of work, never inside one.
+    capture: RwLock<Option<Capture>>,
+}
+
+/// A capture that [`Stream::capture`] has begun.
+#[derive(Debug)]
+struct Capture {
+    thread: ThreadId,
+    kept: Mutex<Kept>,
+}
+
+/// What a capture has to look after.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Buffers that the captured work uses.
+    buffers: Vec<Arc<BufferInner>>,
+    /// Memory to free on the stream once it is no longer captured.
+    frees: Vec<Memory>,
+}
+
+impl Capture {
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for StreamInner {
@@ -30,6 +54,42 @@ impl Drop for StreamInner {
     }
 }
 
+/// Keeps captures of a stream from beginning or ending.
+pub(super) struct Hold<'a> {
+    stream: &'a Stream,
+    capture: RwLockReadGuard<'a, Option<Capture>>,
+}
+
+impl Hold<'_> {
+    /// Whether it holds this very stream.
+    pub(super) fn is_on(&self, stream: &Stream) -> bool {
+        Arc::ptr_eq(&self.stream.inner, &stream.inner)
+    }
+
+    /// Hands buffers to this thread's capture of the stream; false when there is none.
+    pub(super) fn keep(&self, buffers: &[&Arc<BufferInner>]) -> Result<bool> {
+        match self.capture.as_ref() {
+            None => Ok(false),
+            Some(capture) if capture.thread != std::thread::current().id() => {
+                Err(Error::invalid("stream", "a stream that another thread is capturing", "a stream that is not"))
+            }
+            Some(capture) => {
+                capture.kept().buffers.extend(buffers.iter().copied().cloned());
+                Ok(true)
+            }
+        }
+    }
+
+    /// Refuses a stream that is being captured, by this crate or (for foreign streams) by anybody.
+    pub(super) fn refuse_capture(&self, what: &'static str) -> Result<()> {
+        let StreamInner { context, handle, owned, .. } = &*self.stream.inner;
+        if self.capture.is_some() || (!owned && context.driver.stream_is_capturing(context.handle, *handle)?) {
+            return Err(Error::invalid(what, "a stream that is being captured", "a stream that is not"));
+        }
+        Ok(())
+    }
+}
+
 impl Stream {
     pub(crate) fn create(context: Arc<DeviceContext>) -> Result<Self> {
         let handle = context.driver.create_stream(context.handle)?;
@@ -37,7 +97,7 @@ impl Stream {
     }
 
     pub(crate) fn wrap(context: Arc<DeviceContext>, handle: StreamHandle, owned: bool) -> Self {
-        Self { inner: Arc::new(StreamInner { context, handle, owned, capturing: Mutex::new(None) }) }
+        Self { inner: Arc::new(StreamInner { context, handle, owned, capture: RwLock::new(None) }) }
     }
 
     pub(crate) fn context(&self) -> &Arc<DeviceContext> {
@@ -63,7 +123,8 @@ impl Stream {
     /// # Errors
     /// The first error of that work, or [`Error::InvalidArgument`] while the stream is captured.
     pub fn synchronize(&self) -> Result<()> {
-        self.refuse_while_capturing("synchronize")?;
+        let hold = self.hold();
+        hold.refuse_capture("synchronize")?;
         let context = self.context();
         context.driver.synchronize(context.handle, self.handle())
     }
@@ -71,7 +132,7 @@ impl Stream {
     /// Records a new timing event here.
     ///
     /// # Errors
-    /// A driver failure.
+    /// As [`Event::record`].
     pub fn record(&self) -> Result<Event> {
         let event = Event::new(self.context().clone(), true)?;
         event.record(self)?;
@@ -81,18 +142,33 @@ impl Stream {
     /// Makes later work on this stream wait for everything queued on `other` so far.
     ///
     /// # Errors
-    /// A driver failure.
+    /// [`Error::InvalidArgument`] while one of them is captured; a driver failure.
     pub fn wait_for(&self, other: &Self) -> Result<()> {
-        if self.handle() == other.handle() && self.ordinal() == other.ordinal() {
+        let mut streams = vec![self, other];
+        let holds = hold_all(&mut streams);
+        holds.iter().try_for_each(|hold| hold.refuse_capture("wait"))?;
+        self.follow(other)
+    }
+
+    /// [`Stream::wait_for`] for a caller that holds both streams.
+    pub(super) fn follow(&self, other: &Self) -> Result<()> {
+        if self.is(other) {
             return Ok(());
         }
+        self.context().check_driver(other.context())?;
         let event = Event::new(other.context().clone(), false)?;
-        event.record(other)?;
-        event.block(self)
+        event.record_held(other)?;
+        event.block_held(self)
+    }
+
+    /// Whether both name the same queue.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.handle() == other.handle() && self.context().is(other.context())
     }
 
     /// Captures the work that `body` queues on this stream into a graph instead of running it. The graph keeps every
-    /// owned buffer that it uses alive.
+    /// owned buffer that it uses alive. Other threads cannot use the stream meanwhile, and work that it would have to
+    /// wait for, or that would wait for it, is refused: a capture is one stream's work.
     ///
     /// # Errors
     /// The error of `body`; [`Error::CallbackPanicked`] when it panics; [`Error::InvalidArgument`] on the legacy
@@ -101,47 +177,56 @@ impl Stream {
         if self.handle() == StreamHandle::default() {
             return Err(Error::invalid("stream", "the legacy default stream", "a created stream, for capture"));
         }
-        self.refuse_while_capturing("capture")?;
-        let context = self.context();
-        context.driver.begin_capture(context.handle, self.handle())?;
-        *self.captured() = Some(Vec::new());
+        self.begin_capture()?;
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
-        let buffers = self.captured().take().unwrap_or_default();
-        let ended = context.driver.end_capture(context.handle, self.handle());
-        let graph = match ended {
-            Ok(Some(handle)) => Some(Graph::new(context.clone(), handle, buffers)),
-            Ok(None) => None,
-            Err(error) => {
-                outcome.map_err(|_| Error::CallbackPanicked { during: "capture" })??;
-                return Err(error);
-            }
-        };
+        let ended = self.end_capture();
         outcome.map_err(|_| Error::CallbackPanicked { during: "capture" })??;
-        graph.ok_or_else(|| Error::invalid("capture", "an invalidated capture", "work that can be captured"))
+        ended?.ok_or_else(|| Error::invalid("capture", "an invalidated capture", "work that can be captured"))
     }
 
-    /// Whether [`Stream::capture`] is running on this stream.
-    pub(crate) fn is_capturing(&self) -> bool {
-        self.captured().is_some()
-    }
-
-    /// Hands a buffer to the capture in progress.
-    pub(crate) fn retain_for_capture(&self, buffer: &Arc<BufferInner>) {
-        if let Some(buffers) = self.captured().as_mut() {
-            buffers.push(buffer.clone());
+    fn begin_capture(&self) -> Result<()> {
+        let context = self.context();
+        let mut capture = self.inner.capture.write().unwrap_or_else(PoisonError::into_inner);
+        if capture.is_some() {
+            return Err(Error::invalid("capture", "a stream that is being captured", "a stream that is not"));
         }
-    }
-
-    pub(crate) fn refuse_while_capturing(&self, what: &'static str) -> Result<()> {
-        if self.is_capturing() {
-            return Err(Error::invalid(what, "a stream that is being captured", "a stream that is not"));
-        }
+        context.driver.begin_capture(context.handle, self.handle())?;
+        *capture = Some(Capture { thread: std::thread::current().id(), kept: Mutex::default() });
         Ok(())
     }
 
-    fn captured(&self) -> std::sync::MutexGuard<'_, Option<Vec<Arc<BufferInner>>>> {
-        self.inner.capturing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn end_capture(&self) -> Result<Option<Graph>> {
+        let context = self.context();
+        let mut capture = self.inner.capture.write().unwrap_or_else(PoisonError::into_inner);
+        let ended = context.driver.end_capture(context.handle, self.handle());
+        let kept = capture.take().map(|capture| std::mem::take(&mut *capture.kept())).unwrap_or_default();
+        // Buffers and memory below are released through the stream, which must be free to be held again.
+        drop(capture);
+        kept.frees.into_iter().for_each(|memory| self.free(memory));
+        Ok(ended?.map(|handle| Graph::new(context.clone(), handle, kept.buffers)))
     }
+
+    /// Frees memory in stream order; after the capture, if the stream is being captured.
+    pub(super) fn free(&self, memory: Memory) {
+        let hold = self.hold();
+        match hold.capture.as_ref() {
+            Some(capture) => capture.kept().frees.push(memory),
+            // A capture by somebody else: the memory is leaked, which harms nobody.
+            None => log_drop_error("a buffer", hold.refuse_capture("free").and_then(|()| memory.free(self))),
+        }
+    }
+
+    pub(super) fn hold(&self) -> Hold<'_> {
+        Hold { stream: self, capture: self.inner.capture.read().unwrap_or_else(PoisonError::into_inner) }
+    }
+}
+
+/// Holds each stream once, in an order that all threads share: a capture that waits to begin between two holds of the
+/// same stream, or of two streams in opposite orders, would be a deadlock.
+pub(super) fn hold_all<'a>(streams: &mut Vec<&'a Stream>) -> Vec<Hold<'a>> {
+    streams.sort_unstable_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
+    streams.dedup_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
+    streams.iter().map(|stream| stream.hold()).collect()
 }
 
 /// A point in a stream's work.
@@ -160,16 +245,30 @@ impl Event {
     /// Moves the event to the current end of `stream`.
     ///
     /// # Errors
-    /// A driver failure.
+    /// [`Error::InvalidArgument`] while the stream is captured; a driver failure.
     pub fn record(&self, stream: &Stream) -> Result<()> {
+        self.context.check_driver(stream.context())?;
+        let hold = stream.hold();
+        hold.refuse_capture("event")?;
+        self.record_held(stream)
+    }
+
+    fn record_held(&self, stream: &Stream) -> Result<()> {
         self.context.driver.record_event(self.context.handle, self.handle, stream.handle())
     }
 
     /// Makes later work on `stream` wait for the event.
     ///
     /// # Errors
-    /// A driver failure.
+    /// [`Error::InvalidArgument`] while the stream is captured; a driver failure.
     pub fn block(&self, stream: &Stream) -> Result<()> {
+        self.context.check_driver(stream.context())?;
+        let hold = stream.hold();
+        hold.refuse_capture("event")?;
+        self.block_held(stream)
+    }
+
+    fn block_held(&self, stream: &Stream) -> Result<()> {
         let context = stream.context();
         context.driver.wait_event(context.handle, stream.handle(), self.handle)
     }
@@ -187,6 +286,7 @@ impl Event {
     /// # Errors
     /// A driver failure.
     pub fn elapsed_ms(&self, end: &Self) -> Result<f32> {
+        self.context.check_driver(&end.context)?;
         end.synchronize()?;
         self.context.driver.elapsed_ms(self.context.handle, self.handle, end.handle)
     }

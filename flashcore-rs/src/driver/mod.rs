@@ -9,7 +9,7 @@ pub(crate) mod cuda;
 pub(crate) mod mock;
 
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 macro_rules! handles {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {$(
@@ -157,19 +157,24 @@ impl ParamBlock {
     }
 
     /// Number of parameters.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.count
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
     }
 
     /// The bytes of parameter `index`.
     pub fn get(&self, index: usize) -> &[u8] {
         let start = usize::from(self.offsets[index]);
         &self.bytes[start..start + usize::from(self.sizes[index])]
+    }
+}
+
+/// The typed error for a `CUresult` other than success.
+#[cold]
+pub(crate) fn result_error(call: &'static str, code: u32, name: String) -> Error {
+    match code {
+        // Sticky: the context is corrupt and every later call on it repeats the error.
+        214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 => Error::ContextLost { call, code, name },
+        _ => Error::Driver { call, code, name },
     }
 }
 
@@ -197,6 +202,8 @@ pub trait Driver: Send + Sync {
         name: &str,
         shared_bytes: u32,
     ) -> Result<FunctionHandle>;
+    /// Number of parameters; `None` when the driver cannot say (before CUDA 13.2).
+    fn param_count(&self, function: FunctionHandle) -> Result<Option<usize>>;
     /// `(offset, size)` of parameter `index`, or `None` past the last. Drivers before CUDA 12.4 cannot say: `Ok(None)`
     /// for index 0.
     fn param_info(&self, function: FunctionHandle, index: usize) -> Result<Option<(usize, usize)>>;
@@ -221,6 +228,8 @@ pub trait Driver: Send + Sync {
     fn create_stream(&self, context: ContextHandle) -> Result<StreamHandle>;
     /// Destroys a stream once its work is done. Does not wait.
     fn destroy_stream(&self, context: ContextHandle, stream: StreamHandle) -> Result<()>;
+    /// Whether somebody is capturing a stream; never the legacy one.
+    fn stream_is_capturing(&self, context: ContextHandle, stream: StreamHandle) -> Result<bool>;
     /// Waits for a stream.
     fn synchronize(&self, context: ContextHandle, stream: StreamHandle) -> Result<()>;
 

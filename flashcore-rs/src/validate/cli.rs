@@ -137,7 +137,9 @@ fn run(cli: &Cli) -> Result<Exit> {
     let problems = if cli.command == Some(Command::Measure) { Vec::new() } else { select(matrix(options.extent())) };
     let configurations = if wants(Command::Measure) { select(classic()) } else { Vec::new() };
     if problems.is_empty() && configurations.is_empty() {
-        return Err(format!("no case has every word of {:?} in its name; --list shows the names", options.filter).into());
+        return Err(
+            format!("no case has every word of {:?} in its name; --list shows the names", options.filter).into()
+        );
     }
     if options.list {
         let names: Vec<_> = problems.iter().chain(&configurations).map(Case::to_string).collect();
@@ -214,13 +216,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The matrix once, and a sample of it repeatedly.
-fn correct(
-    runtime: &Runtime,
-    cases: &[Case],
-    options: &Options,
-    ui: &mut Ui,
-    evidence: &mut Evidence,
-) -> Result<Exit> {
+fn correct(runtime: &Runtime, cases: &[Case], options: &Options, ui: &mut Ui, evidence: &mut Evidence) -> Result<Exit> {
     let judge = |case: &Case, repeats: usize| {
         let start = Instant::now();
         let verdict = check_repeatedly(runtime, case, options.seed, repeats);
@@ -277,13 +273,7 @@ fn correct(
 }
 
 /// The nine configurations: right first, then timed.
-fn timings(
-    runtime: &Runtime,
-    cases: &[Case],
-    options: &Options,
-    ui: &mut Ui,
-    evidence: &mut Evidence,
-) -> Result<Exit> {
+fn timings(runtime: &Runtime, cases: &[Case], options: &Options, ui: &mut Ui, evidence: &mut Evidence) -> Result<Exit> {
     let mut protocol = Protocol::for_device(runtime.device(), options.quick);
     protocol.rounds = options.rounds.map_or(protocol.rounds, |rounds| rounds as usize);
     ui.phase("measure", cases.len() * (1 + protocol.rounds));

@@ -65,7 +65,8 @@ impl Verdict {
             ));
         }
         if let Some(lse) = self.lse.as_ref().filter(|lse| !lse.pass) {
-            reasons.push(format!("lse error {:.3e}, {:.2} of its bound, {} misplaced", lse.e, lse.ratio, lse.misplaced));
+            reasons
+                .push(format!("lse error {:.3e}, {:.2} of its bound, {} misplaced", lse.e, lse.ratio, lse.misplaced));
         }
         if self.damage != Damage::default() {
             let Damage { outside, unwritten } = self.damage;
@@ -108,7 +109,7 @@ pub(super) struct Outcome {
 impl Outcome {
     pub(super) fn new(subject: &dyn Subject, case: &Case, inputs: &Inputs) -> Result<Self> {
         let (mut out, mut lse) = Inputs::outputs(case)?;
-        let ran = subject.run(inputs, &mut out, lse.as_mut())?;
+        let ran = subject.compute(inputs, &mut out, lse.as_mut())?;
         Ok(Self { out, lse, ran })
     }
 
@@ -137,7 +138,7 @@ impl Outcome {
             verdict.damage.outside += outside;
             verdict.damage.unwritten += unwritten;
         }
-        let problem = self.problem(inputs)?;
+        let problem = problem_of(inputs, &self.out, self.lse.is_some())?;
         if case.judged_heads.is_empty() {
             verdict.add(self.whole(inputs)?, &problem, &|row| self.may_spread(case, &problem, row));
         }
@@ -149,13 +150,6 @@ impl Outcome {
             && verdict.error.as_ref().is_some_and(|e| e.pass)
             && verdict.lse.as_ref().is_none_or(|lse| lse.pass);
         Ok(verdict)
-    }
-
-    fn problem(&self, inputs: &Inputs) -> Result<Problem> {
-        let (query, key, value) = (inputs.query.view()?, inputs.key.view()?, inputs.value.view()?);
-        let attn_mask = inputs.attn_mask.as_ref().map(HostTensor::view).transpose()?;
-        let operands = Operands { query: &query, key: &key, value: &value, attn_mask: attn_mask.as_ref() };
-        problem(&operands, &inputs.options, self.out.layout(), self.lse.is_some())
     }
 
     fn whole<'a>(&'a self, inputs: &'a Inputs) -> Result<Judged<'a>> {
@@ -198,6 +192,14 @@ impl Outcome {
         let end = seen().map(|keys| keys.end).max().unwrap_or(0);
         (start / tile_k * tile_k..end.next_multiple_of(tile_k)).contains(&key)
     }
+}
+
+/// The problem that a call poses.
+pub(super) fn problem_of(inputs: &Inputs, out: &HostTensor, lse: bool) -> Result<Problem> {
+    let (query, key, value) = (inputs.query.view()?, inputs.key.view()?, inputs.value.view()?);
+    let attn_mask = inputs.attn_mask.as_ref().map(HostTensor::view).transpose()?;
+    let operands = Operands { query: &query, key: &key, value: &value, attn_mask: attn_mask.as_ref() };
+    problem(&operands, &inputs.options, out.layout(), lse)
 }
 
 /// A call, or one head of it, with its outputs widened.

@@ -185,6 +185,12 @@ impl HostTensor {
         each!(&mut self.data, data => data[at] = Cell::from_f32(x));
     }
 
+    /// Overwrites one element of the memory, wherever it is.
+    #[cfg(test)]
+    pub(super) fn poke(&mut self, element: usize, x: f32) {
+        each!(&mut self.data, data => data[element] = Cell::from_f32(x));
+    }
+
     /// The whole tensor.
     ///
     /// # Errors
@@ -282,8 +288,7 @@ impl HostTensor {
         let [n0, n1, n2] = dims.map(|dim| if self.layout.is_empty() { 0 } else { shape[dim] });
         let [s0, s1, s2] = dims.map(|dim| strides[dim] as usize);
         let start = self.start;
-        (0..n0)
-            .flat_map(move |i| (0..n1).flat_map(move |j| (0..n2).map(move |k| start + i * s0 + j * s1 + k * s2)))
+        (0..n0).flat_map(move |i| (0..n1).flat_map(move |j| (0..n2).map(move |k| start + i * s0 + j * s1 + k * s2)))
     }
 
     /// Whether two memories are equal bit by bit, rim and padding included.

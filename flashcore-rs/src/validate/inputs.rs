@@ -48,7 +48,10 @@ impl Inputs {
             query: normal(0, "query")?,
             key: normal(1, "key")?,
             value: normal(2, "value")?,
-            attn_mask: case.attn_mask.map(|mask| draw_mask(case, mask, generator(seed, &name, "attn_mask"))).transpose()?,
+            attn_mask: case
+                .attn_mask
+                .map(|mask| draw_mask(case, mask, generator(seed, &name, "attn_mask")))
+                .transpose()?,
             options: case.options,
         };
         if let Some(special) = case.special {

@@ -41,8 +41,7 @@ pub fn matrix(extent: Extent) -> Vec<Case> {
     if extent == Extent::Full {
         cases.extend(large());
     }
-    let mut cases: Vec<Case> =
-        cases.iter().flat_map(|case| DTYPES.map(|dtype| case.clone().dtype(dtype))).collect();
+    let mut cases: Vec<Case> = cases.iter().flat_map(|case| DTYPES.map(|dtype| case.clone().dtype(dtype))).collect();
     if extent == Extent::Full {
         cases.extend(huge());
     }
@@ -91,9 +90,8 @@ fn lengths() -> Vec<Case> {
     let square = edges.iter().flat_map(|&s| {
         [64, 128].into_iter().flat_map(move |dim| [Mode::Dense, Mode::TopLeft].map(|mode| case([s, s], dim, mode)))
     });
-    let rectangular = pairs
-        .iter()
-        .flat_map(|&seq| [Mode::Dense, Mode::TopLeft, Mode::BottomRight].map(|mode| case(seq, 64, mode)));
+    let rectangular =
+        pairs.iter().flat_map(|&seq| [Mode::Dense, Mode::TopLeft, Mode::BottomRight].map(|mode| case(seq, 64, mode)));
     let long = [(64, Mode::Dense), (128, Mode::TopLeft), (256, Mode::TopLeft)]
         .map(|(dim, mode)| case([1000, 1000], dim, mode).batch(1));
     square.chain(rectangular).chain(long).collect()
@@ -210,7 +208,13 @@ fn masks() -> Vec<Case> {
 
 /// Nothing to read, nothing to write, or both.
 fn empties() -> Vec<Case> {
-    let shapes = [(2, [2, 2], [0, 129]), (2, [2, 2], [129, 0]), (2, [2, 2], [0, 0]), (0, [2, 2], [64, 64]), (2, [0, 0], [64, 64])];
+    let shapes = [
+        (2, [2, 2], [0, 129]),
+        (2, [2, 2], [129, 0]),
+        (2, [2, 2], [0, 0]),
+        (0, [2, 2], [64, 64]),
+        (2, [0, 0], [64, 64]),
+    ];
     let case = |(batch, heads, seq)| Case::new("empty", heads, seq, 64).batch(batch);
     let mask = Mask { kind: MaskType::F32, broadcast: [false; 4], hidden: Hidden::None, memory: Memory::default() };
     let mut cases: Vec<Case> =
@@ -254,9 +258,7 @@ fn specials() -> Vec<Case> {
     let mut cases = Vec::new();
     for tensor in [SpecialTensor::Key, SpecialTensor::Value] {
         for value in [SpecialValue::Nan, SpecialValue::Inf, SpecialValue::NegInf] {
-            let case = |key| {
-                Case::new("special", [4, 2], [300, 300], 64).special(Special { tensor, key, value })
-            };
+            let case = |key| Case::new("special", [4, 2], [300, 300], 64).special(Special { tensor, key, value });
             cases.push(case(131));
             cases.push(case(200).mask(Mode::TopLeft));
             cases.push(case(40).window(TopLeft, Some(20), Some(20)));
@@ -274,7 +276,12 @@ fn grids() -> Vec<Case> {
 
 /// Calls without a log-sum-exp, across the features.
 fn outputs() -> Vec<Case> {
-    let mask = Mask { kind: MaskType::Bool, broadcast: [true, true, false, false], hidden: Hidden::Some, memory: Memory::default() };
+    let mask = Mask {
+        kind: MaskType::Bool,
+        broadcast: [true, true, false, false],
+        hidden: Hidden::Some,
+        memory: Memory::default(),
+    };
     let case = |dim| Case::new("no_lse", [4, 1], [130, 190], dim).without_lse();
     vec![
         case(64).mask(Mode::BottomRight),
@@ -308,7 +315,11 @@ fn huge() -> Vec<Case> {
     vec![
         rows(2, [128, 1], [65_700, 33]).judged_heads(&[[0, 0], [0, 127], [1, 0], [1, 127]]),
         rows(2, [128, 128], [5, 65_700]).judged_heads(&[[0, 0], [1, 1], [1, 127]]),
-        rows(1, [1, 1], [3, 1 << 20])
-            .memory([Memory::default(), Memory { pad: 1920, ..Memory::default() }, Memory::default(), Memory::default()]),
+        rows(1, [1, 1], [3, 1 << 20]).judged_heads(&[[0, 0]]).memory([
+            Memory::default(),
+            Memory { pad: 1920, ..Memory::default() },
+            Memory::default(),
+            Memory::default(),
+        ]),
     ]
 }

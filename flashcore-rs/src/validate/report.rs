@@ -121,7 +121,9 @@ impl Environment {
     /// One line for people.
     pub fn summary(&self) -> String {
         let on = match (&self.gpu, &self.bundle) {
-            (Some(gpu), Some(bundle)) => format!("{} ({}), CUDA {}, bundle {}", self.device, gpu.name, gpu.cuda, bundle.arch),
+            (Some(gpu), Some(bundle)) => {
+                format!("{} ({}), CUDA {}, bundle {}", self.device, gpu.name, gpu.cuda, bundle.arch)
+            }
             _ => format!("the CPU backend, {} threads of {}", self.threads, self.cpu),
         };
         let why = self.why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
@@ -232,7 +234,8 @@ pub(super) fn correct_table(rows: &[CorrectRow]) -> Table {
 
 /// The measured configurations.
 pub(super) fn measure_table(rows: &[MeasureRow], device: Device) -> Table {
-    let header = ["configuration", "variant", "correct", "call us", "min..max", "device us", "min..max", "TFLOP/s", "floor us"];
+    let header =
+        ["configuration", "variant", "correct", "call us", "min..max", "device us", "min..max", "TFLOP/s", "floor us"];
     let mut table = new_table(&header);
     for MeasureRow { case, verdict, measurement, .. } in rows {
         let figure = |summary: Option<Summary>| {
@@ -260,7 +263,7 @@ pub(super) fn measure_table(rows: &[MeasureRow], device: Device) -> Table {
 
 fn new_table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(header);
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

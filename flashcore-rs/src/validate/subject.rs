@@ -16,7 +16,7 @@ pub trait Subject {
     ///
     /// # Errors
     /// Whatever keeps it from computing.
-    fn run(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran>;
+    fn compute(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran>;
 }
 
 /// What computed it.
@@ -29,7 +29,7 @@ pub struct Ran {
 }
 
 impl Subject for Runtime {
-    fn run(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran> {
+    fn compute(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran> {
         match self.device() {
             Device::Cpu => run_on_host(self, inputs, out, lse),
             Device::Cuda(_) => run_on_device(self, inputs, out, lse),
@@ -37,12 +37,7 @@ impl Subject for Runtime {
     }
 }
 
-fn run_on_host(
-    runtime: &Runtime,
-    inputs: &Inputs,
-    out: &mut HostTensor,
-    lse: Option<&mut HostTensor>,
-) -> Result<Ran> {
+fn run_on_host(runtime: &Runtime, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran> {
     let views = [inputs.query.view()?, inputs.key.view()?, inputs.value.view()?];
     let mask = inputs.attn_mask.as_ref().map(HostTensor::view).transpose()?;
     let mut lse = lse.map(HostTensor::view_mut).transpose()?;
@@ -61,8 +56,7 @@ fn run_on_device(
     let mask = inputs.attn_mask.as_ref().map(upload).transpose()?;
     let mut out_buffer = upload(out)?;
     let mut lse_buffer = lse.as_deref().map(upload).transpose()?;
-    let views =
-        [inputs.query.on_device(&query)?, inputs.key.on_device(&key)?, inputs.value.on_device(&value)?];
+    let views = [inputs.query.on_device(&query)?, inputs.key.on_device(&key)?, inputs.value.on_device(&value)?];
     let mask = match (&inputs.attn_mask, &mask) {
         (Some(tensor), Some(buffer)) => Some(tensor.on_device(buffer)?),
         _ => None,

@@ -1,0 +1,373 @@
+//! The harness is right, and it can fail.
+
+use std::cell::Cell;
+use std::collections::HashSet;
+
+use super::case::Mode;
+use super::*;
+use crate::attention::CausalAlign;
+use crate::cpu::oracle::values;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::runtime::Runtime;
+use crate::tensor::Device;
+
+type Outputs<'a> = (&'a mut HostTensor, Option<&'a mut HostTensor>);
+
+/// The CPU backend with its inputs or its outputs tampered with.
+struct Faulty {
+    before: fn(&mut Inputs),
+    after: fn(Outputs<'_>),
+    tile: Option<[usize; 2]>,
+}
+
+const SOUND: Faulty = Faulty { before: |_| (), after: |_| (), tile: None };
+
+impl Subject for Faulty {
+    fn compute(&self, inputs: &Inputs, out: &mut HostTensor, mut lse: Option<&mut HostTensor>) -> Result<Ran> {
+        let mut inputs = inputs.clone();
+        (self.before)(&mut inputs);
+        let ran = Runtime::cpu().compute(&inputs, out, lse.as_deref_mut())?;
+        (self.after)((out, lse));
+        Ok(Ran { tile: self.tile, ..ran })
+    }
+}
+
+fn square() -> Case {
+    Case::new("test", [4, 4], [70, 70], 40)
+}
+
+fn tampered(case: &Case, before: fn(&mut Inputs), after: fn(Outputs<'_>)) -> Verdict {
+    check(&Faulty { before, after, ..SOUND }, case, 7)
+}
+
+/// Adds to one element of a tensor.
+fn nudge(tensor: &mut HostTensor, by: f32) {
+    let first = values(&tensor.view().expect("a view"))[0] as f32;
+    tensor.set([0; 4], first + by);
+}
+
+#[test]
+fn the_matrix_has_at_least_400_unique_cases() {
+    for (extent, least) in [(Extent::Quick, 40), (Extent::Default, 400), (Extent::Full, 410)] {
+        let cases = matrix(extent);
+        let names: HashSet<String> = cases.iter().map(Case::to_string).collect();
+        assert_eq!(names.len(), cases.len(), "{extent:?}: names repeat");
+        assert!(cases.len() >= least, "{extent:?}: {} cases", cases.len());
+    }
+}
+
+#[test]
+fn the_matrix_covers_what_the_design_names() {
+    let cases = matrix(Extent::Default);
+    let some = |what: &str, is: &dyn Fn(&Case) -> bool| {
+        for dtype in [DType::F16, DType::BF16] {
+            assert!(cases.iter().any(|case| case.dtype == dtype && is(case)), "no {dtype} case with {what}");
+        }
+    };
+    for dim in [1, 8, 32, 40, 64, 80, 96, 111, 128, 192, 256] {
+        some("each head_dim", &|case| case.head_dim_qk == dim && case.head_dim_v == dim);
+    }
+    for group in [1, 4, 8, 32] {
+        some("each group", &|case| case.num_heads_q == group * case.num_heads_kv && case.num_heads_kv > 0);
+    }
+    for seq in [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000] {
+        some("each query length", &|case| case.seq_len_q == seq);
+        some("each key length", &|case| case.seq_len_k == seq);
+    }
+    for kind in [MaskType::Bool, MaskType::Query, MaskType::F32] {
+        for dim in 0..4 {
+            some("each broadcast mask", &|case| {
+                case.attn_mask.is_some_and(|mask| mask.kind == kind && mask.broadcast[dim])
+            });
+        }
+    }
+    some("batch 0", &|case| case.batch == 0);
+    some("bottom-right", &|case| case.options.causal && case.options.causal_align == CausalAlign::BottomRight);
+    some("an unaligned base", &|case| case.memory.iter().all(|memory| memory.offset % 2 == 1));
+    some("rows that see no key", &|case| case.options.causal && case.seq_len_q > case.seq_len_k && case.seq_len_k > 0);
+    let large = matrix(Extent::Full)
+        .into_iter()
+        .filter(|case| case.shapes().iter().any(|shape| shape.iter().product::<usize>() > 1 << 31));
+    assert!(large.count() >= 2);
+    assert_eq!(classic().len(), 9);
+}
+
+#[test]
+fn cases_survive_json() {
+    for case in matrix(Extent::Full).iter().chain(&classic()) {
+        let text = serde_json::to_string(case).expect("JSON");
+        assert_eq!(*case, serde_json::from_str::<Case>(&text).expect("a case"), "{case}");
+    }
+}
+
+#[test]
+fn evidence_has_its_fields() {
+    let environment = Environment::of(&Runtime::cpu(), Some("a test".into()), None, 3);
+    let mut evidence = Evidence::new("first-light", "abc", environment);
+    let verdict = check(&SOUND, &square(), 3);
+    let correct = CorrectRow { name: "x".into(), case: square(), repeats: 1, verdict, seconds: 0.5 };
+    evidence.rows.push(report::row("correct", &correct).expect("a row"));
+    let text = serde_json::to_string(&evidence).expect("JSON");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("a document");
+    assert_eq!(json["schema"], "flashcore.evidence/1");
+    assert_eq!(json["env"]["device"], "cpu");
+    let row = &json["rows"][0];
+    assert_eq!((&row["kind"], &row["variant"], &row["correct"]), (&"correct".into(), &"cpu".into(), &true.into()));
+    for field in ["e", "e_ref", "ratio", "bound", "max_ulp", "rel_fro"] {
+        assert!(row[field].is_number(), "{field} in {row}");
+    }
+    assert!(row["lse"]["e"].is_number() && row["case"]["dtype"] == "f16");
+}
+
+#[test]
+fn inputs_depend_on_name_seed_and_tensor_alone() {
+    let draw = |case: &Case, seed| Inputs::draw(case, seed).expect("inputs");
+    let inputs = draw(&square(), 1);
+    assert!(inputs.query.same_bits(&draw(&square(), 1).query));
+    assert!(!inputs.query.same_bits(&draw(&square(), 2).query));
+    assert!(!inputs.query.same_bits(&draw(&square().without_lse(), 1).query));
+    assert!(!inputs.query.same_bits(&inputs.key) && !inputs.key.same_bits(&inputs.value));
+    let drawn = values(&inputs.query.view().expect("a view"));
+    let mean = drawn.iter().sum::<f64>() / drawn.len() as f64;
+    let variance = drawn.iter().map(|x| x * x).sum::<f64>() / drawn.len() as f64;
+    assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.05, "mean {mean}, variance {variance}");
+}
+
+#[test]
+fn layouts_are_those_of_callers() {
+    let strides = |order, pad| {
+        let memory = Memory { order, pad, offset: 0 };
+        memory.layout(DType::F16, [2, 3, 5, 8]).expect("a layout").strides
+    };
+    assert_eq!(strides(Order::Bhsd, 0), [120, 40, 8, 1]);
+    assert_eq!(strides(Order::Bshd, 0), [120, 8, 24, 1]);
+    assert_eq!(strides(Order::Sbhd, 2), [30, 10, 60, 1]);
+    assert_eq!(strides(Order::Expanded, 0), [40, 0, 8, 1]);
+}
+
+#[test]
+fn padding_is_poison_and_elements_are_not() {
+    let memory = Memory { order: Order::Bshd, pad: 3, offset: 1 };
+    let inputs = Inputs::draw(&square().memory([memory; 4]), 1).expect("inputs");
+    assert!(values(&inputs.key.view().expect("a view")).iter().all(|x| x.is_finite()));
+    let (out, _) = Inputs::outputs(&square().memory([memory; 4])).expect("outputs");
+    let elements = out.layout().len();
+    assert_eq!(out.damage(), Damage { outside: 0, unwritten: elements });
+    assert!(values(&out.view().expect("a view")).iter().all(|x| x.is_nan()));
+}
+
+#[test]
+fn every_write_outside_is_found() {
+    for memory in [Memory::default(), Memory { order: Order::Sbhd, pad: 3, offset: 5 }] {
+        let (clean, _) = Inputs::outputs(&square().memory([memory; 4])).expect("outputs");
+        let (len, start, extent) = (clean.bytes().len() / 2, clean.start(), clean.layout().extent());
+        let padding = if memory.pad > 0 { vec![start + 41] } else { vec![] };
+        for element in [0, start - 1, start + extent, len - 1].into_iter().chain(padding) {
+            let mut out = clean.clone();
+            out.poke(element, 0.0);
+            assert_eq!(out.damage().outside, 1, "element {element} of {len}");
+        }
+        let mut out = clean.clone();
+        out.set([1, 2, 69, 39], 0.5);
+        assert_eq!(out.damage(), Damage { outside: 0, unwritten: clean.layout().len() - 1 });
+    }
+}
+
+#[test]
+fn a_sound_subject_passes() {
+    let memory = Memory { order: Order::Bshd, pad: 3, offset: 1 };
+    for case in [
+        square(),
+        square().memory([memory; 4]).mask(Mode::TopLeft),
+        square().dtype(DType::BF16).head_dim_v(24),
+        square().judged_heads(&[[0, 1], [1, 3]]),
+    ] {
+        let verdict = check(&SOUND, &case, 7);
+        assert!(verdict.pass, "{case}: {}", verdict.reason());
+    }
+}
+
+#[test]
+fn wrong_subjects_fail() {
+    let causal = square().mask(Mode::TopLeft);
+    let fails = |what: &str, case: &Case, before: fn(&mut Inputs), after: fn(Outputs<'_>)| {
+        let verdict = tampered(case, before, after);
+        assert!(!verdict.pass && !verdict.reason().is_empty(), "{what} passes");
+        let heads = case.clone().judged_heads(&[[0, 0]]);
+        assert!(!tampered(&heads, before, after).pass, "{what} passes by head");
+    };
+    let nothing: fn(&mut Inputs) = |_| ();
+    let untouched: fn(Outputs<'_>) = |_| ();
+    fails("value read from the key", &square(), |inputs| inputs.value = inputs.key.clone(), untouched);
+    fails("value read from the query", &square(), |inputs| inputs.value = inputs.query.clone(), untouched);
+    fails("query and key swapped", &square(), |inputs| std::mem::swap(&mut inputs.query, &mut inputs.key), untouched);
+    fails("no causal mask", &causal, |inputs| inputs.options.causal = false, untouched);
+    fails(
+        "causal off by one",
+        &causal,
+        |inputs| {
+            inputs.options.causal = false;
+            inputs.options.window = Some(crate::Window { left: None, right: Some(1) });
+        },
+        untouched,
+    );
+    fails(
+        "the other diagonal",
+        &Case::new("test", [2, 2], [70, 90], 40).mask(Mode::BottomRight),
+        |inputs| {
+            inputs.options.causal_align = CausalAlign::TopLeft;
+        },
+        untouched,
+    );
+    fails("scaled by the padded head_dim", &square(), |inputs| inputs.options.scale = Some(0.125), untouched);
+    fails("one element wrong", &square(), nothing, |(out, _)| nudge(out, 0.01));
+    fails("one element NaN", &square(), nothing, |(out, _)| out.set([0; 4], f32::NAN));
+    fails("a log-sum-exp off", &square(), nothing, |(_, lse)| nudge(lse.expect("an lse"), 0.001));
+    fails("a write before the output", &square(), nothing, |(out, _)| out.poke(0, 1.0));
+    fails("a write after the lse", &square(), nothing, |(_, lse)| {
+        let lse = lse.expect("an lse");
+        lse.poke(lse.start() + lse.layout().len(), 1.0);
+    });
+    fails(
+        "the mask ignored",
+        &square().attn_mask(Mask {
+            kind: MaskType::Bool,
+            broadcast: [false; 4],
+            hidden: Hidden::Some,
+            memory: Memory::default(),
+        }),
+        |inputs| inputs.attn_mask = None,
+        untouched,
+    );
+}
+
+#[test]
+fn an_output_that_is_not_written_fails() {
+    struct Idle;
+    impl Subject for Idle {
+        fn compute(&self, _: &Inputs, _: &mut HostTensor, _: Option<&mut HostTensor>) -> Result<Ran> {
+            Ok(Ran { variant: "idle".into(), tile: None })
+        }
+    }
+    // Where every output should be NaN, only its bits tell.
+    let special = Special { tensor: SpecialTensor::Key, key: 0, value: SpecialValue::Nan };
+    let case = Case::new("test", [1, 1], [4, 4], 8).batch(1).special(special);
+    let verdict = check(&Idle, &case, 0);
+    assert_eq!((verdict.damage.unwritten, verdict.pass), (4 * 8 + 4, false));
+}
+
+#[test]
+fn a_refusal_is_reported() {
+    struct Refusing;
+    impl Subject for Refusing {
+        fn compute(&self, _: &Inputs, _: &mut HostTensor, _: Option<&mut HostTensor>) -> Result<Ran> {
+            Err(Error::invalid("query", "this", "that"))
+        }
+    }
+    let verdict = check(&Refusing, &square(), 0);
+    assert!(!verdict.pass && !verdict.unsupported);
+    assert_eq!(verdict.reason(), "query: given this; accepted that");
+}
+
+#[test]
+fn a_swallowed_nan_fails_and_a_spread_one_does_not_leave_its_tile() {
+    let special = Special { tensor: SpecialTensor::Value, key: 60, value: SpecialValue::Nan };
+    let case = square().mask(Mode::TopLeft).special(special);
+    assert!(check(&SOUND, &case, 7).pass);
+    assert!(!tampered(&case, |inputs| inputs.value.set([0, 0, 60, 20], 0.0), |_| ()).pass, "swallowed");
+
+    // Row 35 does not see key 60. With tiles of 64 rows and keys it may be NaN all the same, with tiles of 16 not.
+    let spreads: fn(Outputs<'_>) = |(out, _)| out.set([0, 0, 35, 20], f32::NAN);
+    let tiled = |tile, after| check(&Faulty { after, tile: Some(tile), ..SOUND }, &case, 7);
+    let verdict = tiled([64, 64], spreads);
+    assert_eq!((verdict.pass, verdict.spread), (true, 1), "{}", verdict.reason());
+    assert!(!tiled([16, 16], spreads).pass, "into a skipped tile");
+    assert!(!tiled([64, 64], |(out, _)| out.set([0, 1, 35, 20], f32::NAN)).pass, "into another head");
+    assert!(!tiled([64, 64], |(out, _)| out.set([1, 0, 35, 20], f32::NAN)).pass, "into another batch");
+}
+
+#[test]
+fn repeats_are_compared_bit_by_bit() {
+    struct Unsteady(Cell<u32>);
+    impl Subject for Unsteady {
+        fn compute(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran> {
+            let ran = Runtime::cpu().compute(inputs, out, lse)?;
+            self.0.set(self.0.get() + 1);
+            if self.0.get() == 3 {
+                nudge(out, 0.001);
+            }
+            Ok(ran)
+        }
+    }
+    assert!(check_repeatedly(&SOUND, &square(), 0, 5).pass);
+    let verdict = check_repeatedly(&Unsteady(Cell::new(0)), &square(), 0, 5);
+    assert_eq!((verdict.irreproducible, verdict.pass), (1, false));
+}
+
+#[test]
+fn measurements_add_up() {
+    let case = Case::new("test", [2, 2], [40, 50], 16).without_lse();
+    let protocol = Protocol { rounds: 3, calls: 2, warmup: 1 };
+    let mut turns = 0;
+    let measured = measure(&Runtime::cpu(), &[case.clone(), case], 0, protocol, &mut || turns += 1).expect("figures");
+    assert_eq!((measured.len(), turns), (2, 6));
+    for Measurement { call_us, device_us, tflops, floor } in measured {
+        assert!(0.0 < call_us.min && call_us.min <= call_us.median && call_us.median <= call_us.max);
+        assert_eq!((call_us.rounds, device_us, floor), (3, None, None));
+        let flops = 4.0 * 2.0 * 2.0 * 40.0 * 50.0 * 16.0;
+        assert!((tflops * call_us.median * 1e6 / flops - 1.0).abs() < 1e-9);
+    }
+    assert_eq!(Summary::of(&[3.0, 1.0, 2.0, 10.0]), Summary { median: 2.5, min: 1.0, max: 10.0, rounds: 4 });
+}
+
+#[test]
+fn the_floor_is_that_of_the_card() {
+    let case = &classic()[8];
+    let bytes = 4.0 * (512 * 32 * 8 * 64 * 2) as f64;
+    let floor = Floor::of(case, 787e12, "NVIDIA H200").expect("a floor");
+    assert!((floor.bytes_us - bytes / 4480e9 * 1e6).abs() < 1e-9 && (floor.flops_us - 1e6).abs() < 1e-6);
+    assert_eq!(Floor::of(case, 1.0, "NVIDIA L4"), None);
+}
+
+#[test]
+fn protocols_suit_the_device() {
+    assert!(Protocol::for_device(Device::Cuda(0), false).rounds > Protocol::for_device(Device::Cpu, false).rounds);
+}
+
+#[test]
+fn the_graver_exit_wins() {
+    assert_eq!(Exit::Pass.and(Exit::Environment), Exit::Environment);
+    assert_eq!(Exit::Correctness.and(Exit::Environment), Exit::Correctness);
+    assert_eq!(Exit::Correctness.and(Exit::Selftest), Exit::Selftest);
+    assert_eq!(Exit::Inconclusive.and(Exit::Regression), Exit::Regression);
+}
+
+/// Every problem of the matrix has a kernel, and a grid that fits, on every architecture.
+#[cfg(feature = "cuda")]
+#[test]
+fn every_bundle_answers_every_case() {
+    use crate::attention::{BaseAlign, Plan, select};
+    use crate::driver::FunctionHandle;
+    let bundles: Vec<crate::bundle::Bundle> = crate::bundle::embedded()
+        .iter()
+        .map(|(arch, bytes)| crate::bundle::Bundle::parse(bytes).unwrap_or_else(|error| panic!("{arch}: {error}")))
+        .collect();
+    let mut missing = Vec::new();
+    for case in matrix(Extent::Default).iter().chain(&classic()) {
+        let inputs = Inputs::draw(case, 0).expect("inputs");
+        let (out, lse) = Inputs::outputs(case).expect("outputs");
+        let problem = correct::problem_of(&inputs, &out, lse.is_some()).expect("a problem");
+        let align = BaseAlign::of(case.memory.map(|memory| (memory.offset * case.dtype.size()) as u64));
+        for bundle in &bundles {
+            let planned = select(bundle.manifest(), &problem, align).map_err(Error::Unsupported).and_then(|variant| {
+                let functions = vec![FunctionHandle::default(); variant.launches.len()];
+                Plan::new(variant, &functions, problem, 132)
+            });
+            if let Err(error) = planned {
+                missing.push(format!("{}: {case}: {error}", bundle.manifest().arch));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{} without a kernel:\n{}", missing.len(), missing.join("\n"));
+}

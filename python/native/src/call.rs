@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 use crate::errors::{Result, internal, invalid};
 use crate::operand::Operand;
+use crate::threads;
 
 /// The inputs of a call.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +92,10 @@ impl Call {
         let work = || unsafe { self.launch(runtime, stream.as_ref()) };
         // A launch takes microseconds: giving up the GIL would cost more than it brings.
         let outcome = match &stream {
-            None => py.detach(|| catch_unwind(AssertUnwindSafe(work))),
+            None => {
+                let pool = threads::pool(py)?;
+                py.detach(|| catch_unwind(AssertUnwindSafe(|| pool.map_or_else(work, |pool| pool.install(work)))))
+            }
             Some(_) => catch_unwind(AssertUnwindSafe(work)),
         };
         Ok(outcome.map_err(|panic| internal(&*panic))??)

@@ -13,6 +13,7 @@ mod library;
 mod operand;
 mod request;
 mod runtime;
+mod threads;
 
 use pyo3::prelude::*;
 
@@ -33,6 +34,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::threads::watch_forks(module.py())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

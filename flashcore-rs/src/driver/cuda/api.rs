@@ -8,6 +8,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use cudarc::driver::sys;
 use libloading::Library;
 
+use crate::driver::result_error;
 use crate::error::{Error, Result};
 
 macro_rules! api {
@@ -17,6 +18,8 @@ macro_rules! api {
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> u32,)*
             /// CUDA 12.4 and newer.
             pub(super) func_get_param_info: Option<unsafe extern "C" fn(sys::CUfunction, usize, *mut usize, *mut usize) -> u32>,
+            /// CUDA 13.2 and newer.
+            pub(super) func_get_param_count: Option<unsafe extern "C" fn(sys::CUfunction, *mut usize) -> u32>,
         }
 
         impl Api {
@@ -29,6 +32,8 @@ macro_rules! api {
                     },)*
                     // SAFETY: as above; absent before CUDA 12.4.
                     func_get_param_info: unsafe { library.get(b"cuFuncGetParamInfo\0").ok().map(|f| *f) },
+                    // SAFETY: as above; absent before CUDA 13.2.
+                    func_get_param_count: unsafe { library.get(b"cuFuncGetParamCount\0").ok().map(|f| *f) },
                 })
             }
         }
@@ -61,6 +66,7 @@ api! {
     fn memcpy_dtoh_async = "cuMemcpyDtoHAsync_v2"(*mut c_void, sys::CUdeviceptr, usize, sys::CUstream);
     fn stream_create = "cuStreamCreate"(*mut sys::CUstream, c_uint);
     fn stream_destroy = "cuStreamDestroy_v2"(sys::CUstream);
+    fn stream_is_capturing = "cuStreamIsCapturing"(sys::CUstream, *mut c_uint);
     fn stream_synchronize = "cuStreamSynchronize"(sys::CUstream);
     fn stream_wait_event = "cuStreamWaitEvent"(sys::CUstream, sys::CUevent, c_uint);
     fn stream_begin_capture = "cuStreamBeginCapture_v2"(sys::CUstream, c_uint);
@@ -117,12 +123,7 @@ impl Api {
     /// The typed error for a driver result that is not success.
     #[cold]
     pub(super) fn error(&self, call: &'static str, code: u32) -> Error {
-        let name = self.error_name(code);
-        match code {
-            // Sticky: the context is corrupt and every later call on it repeats the error.
-            700 | 702 | 709 | 710 | 714..=719 => Error::ContextLost { call, code, name },
-            _ => Error::Driver { call, code, name },
-        }
+        result_error(call, code, self.error_name(code))
     }
 
     fn error_name(&self, code: u32) -> String {

@@ -192,6 +192,16 @@ impl Driver for CudaDriver {
         Ok(FunctionHandle(function as u64))
     }
 
+    fn param_count(&self, function: FunctionHandle) -> Result<Option<usize>> {
+        let Some(get) = self.api.func_get_param_count else { return Ok(None) };
+        let mut count = 0;
+        // SAFETY: the function is loaded; `count` is a valid place.
+        match unsafe { get(function.0 as sys::CUfunction, &mut count) } {
+            0 => Ok(Some(count)),
+            code => Err(self.api.error("cuFuncGetParamCount", code)),
+        }
+    }
+
     fn param_info(&self, function: FunctionHandle, index: usize) -> Result<Option<(usize, usize)>> {
         const INVALID_VALUE: u32 = 1;
         let Some(get) = self.api.func_get_param_info else { return Ok(None) };
@@ -355,6 +365,17 @@ impl Driver for CudaDriver {
         let _bound = self.bind(context)?;
         // SAFETY: the stream came from `create_stream` and is destroyed once; its pending work still completes.
         cu!(self, stream_destroy(stream.0 as sys::CUstream), "cuStreamDestroy_v2")
+    }
+
+    fn stream_is_capturing(&self, context: ContextHandle, stream: StreamHandle) -> Result<bool> {
+        if stream == StreamHandle::default() {
+            return Ok(false);
+        }
+        let _bound = self.bind(context)?;
+        let mut status = 0;
+        // SAFETY: the stream is live; `status` is a valid place for the C enum.
+        cu!(self, stream_is_capturing(stream.0 as sys::CUstream, &mut status), "cuStreamIsCapturing")?;
+        Ok(status != 0)
     }
 
     fn synchronize(&self, context: ContextHandle, stream: StreamHandle) -> Result<()> {

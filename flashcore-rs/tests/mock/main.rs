@@ -1,0 +1,5 @@
+//! Everything above the driver, on a driver that records, checks and computes.
+
+mod support;
+
+mod plan;
