@@ -7,7 +7,8 @@ use crate::attention::Rejection;
 /// Result with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a call was refused or failed. A call that returns an error has written nothing.
+/// Why a call was refused or failed. A refusal ([`Error::InvalidArgument`], [`Error::Unsupported`],
+/// [`Error::OutOfMemory`]) has written nothing; what a driver failure leaves in the outputs is unspecified.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::attention::check::Operands;
-use crate::attention::{Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, select};
+use crate::attention::{
+    Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, restate, select,
+};
 use crate::bundle::manifest::{Launch, Param, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
@@ -178,18 +180,27 @@ impl Runtime {
         Stream::create(self.device_runtime()?.context.clone())
     }
 
-    /// A stream that another library made (`CUstream` as a number; 0 is the legacy default stream). It is not destroyed
-    /// here.
+    /// A stream that another library made (`CUstream` as a number; 0 and 1 are the legacy default stream). It is not
+    /// destroyed here.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for the CPU backend.
+    /// [`Error::InvalidArgument`] for the CPU backend, and for 2, the per-thread default stream, which is another stream
+    /// on every thread.
     ///
     /// # Safety
     /// The stream belongs to this runtime's device's primary context and outlives every clone of the returned value
-    /// and every buffer whose home it is.
+    /// and every buffer whose home it is. Nobody begins or ends a capture of it on one thread while another uses the
+    /// returned value.
     #[expect(unsafe_code, reason = "a handle that only the caller can vouch for")]
     pub unsafe fn foreign_stream(&self, raw: u64) -> Result<Stream> {
-        Ok(Stream::wrap(self.device_runtime()?.context.clone(), StreamHandle(raw), false))
+        const LEGACY: u64 = 1;
+        const PER_THREAD: u64 = 2;
+        let context = self.device_runtime()?.context.clone();
+        match raw {
+            PER_THREAD => Err(Error::invalid("stream", "the per-thread default stream", "a stream with a handle")),
+            LEGACY => Ok(Stream::wrap(context, StreamHandle::default(), false)),
+            raw => Ok(Stream::wrap(context, StreamHandle(raw), false)),
+        }
     }
 
     /// Starts an attention call; see [`Attention`].
@@ -214,9 +225,9 @@ impl Runtime {
     /// so that no later call with the same geometry does.
     ///
     /// # Errors
-    /// [`Error::Unsupported`]; [`Error::InvalidArgument`] for the CPU backend; a driver failure.
+    /// [`Error::Unsupported`]; [`Error::InvalidArgument`] for a malformed problem or the CPU backend; a driver failure.
     pub fn plan(&self, problem: &Problem) -> Result<Arc<Plan>> {
-        self.device_runtime()?.plan(problem, BaseAlign::MAX)
+        self.device_runtime()?.plan(&restate(problem)?, BaseAlign::MAX)
     }
 
     pub(crate) fn run(
@@ -231,6 +242,9 @@ impl Runtime {
             return Err(Error::invalid("query", given, format!("the runtime's device, {}", self.device())));
         }
         match &self.backend {
+            Backend::Cpu if call.stream.is_some() => {
+                Err(Error::invalid("stream", "a CUDA stream", "none: the CPU backend runs the call at once"))
+            }
             Backend::Cpu => run_on_cpu(&checked.problem, call, out, lse),
             Backend::Device(device) => device.run(&checked, call, out, lse.as_deref()),
         }

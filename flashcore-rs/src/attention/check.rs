@@ -93,6 +93,31 @@ pub(crate) fn problem(operands: &Operands<'_>, options: &AttentionOptions, out: 
     })
 }
 
+/// A problem that was put together by hand, with the strides that a call would give it.
+pub(crate) fn restate(problem: &Problem) -> Result<Problem> {
+    let checked = |name, layout: Layout| Layout::new(name, layout.dtype, &layout.shape, &layout.strides);
+    let q = checked("query", problem.q_layout())?;
+    let k = checked("key", problem.k_layout())?;
+    let v = checked("value", problem.v_layout())?;
+    let out = checked("out", problem.out_layout())?;
+    check_dtypes(&q, &k, &v, &out)?;
+    check_shapes(&q, &k, &v, &out)?;
+    check_scale(Some(problem.scale()), q.shape[3])?;
+    let attn_mask = problem.attn_mask.map(|MaskLayout { dtype, strides }| {
+        let shape = [q.shape[0], q.shape[1], q.shape[2], k.shape[2]];
+        check_mask(&Layout::new("attn_mask", dtype, &shape, &strides)?, &q, &k)
+    });
+    Ok(Problem {
+        q_strides: normalise("query", &q)?,
+        k_strides: normalise("key", &k)?,
+        v_strides: normalise("value", &v)?,
+        out_strides: normalise("out", &out)?,
+        attn_mask: attn_mask.transpose()?,
+        band: problem.band.and_then(|Band { lo, hi }| clamp_band(lo.into(), hi.into(), q.shape[2], k.shape[2])),
+        ..*problem
+    })
+}
+
 fn check_dtypes(q: &Layout, k: &Layout, v: &Layout, out: &Layout) -> Result<()> {
     if q.dtype == DType::Bool {
         return Err(Error::invalid("query", "dtype bool", "f16, bf16, f32 or f64 (f16 or bf16 on a GPU)"));
@@ -240,7 +265,9 @@ fn check_overlap(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&
     let span = |address: u64, layout: &Layout| {
         address..address.saturating_add((layout.extent() as u64).saturating_mul(layout.dtype.size() as u64))
     };
-    let overlap = |a: &std::ops::Range<u64>, b: &std::ops::Range<u64>| a.start < b.end && b.start < a.end;
+    let overlap = |a: &std::ops::Range<u64>, b: &std::ops::Range<u64>| {
+        !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
+    };
     let out_span = span(out.address(), out.layout());
     if out.layout().may_self_overlap() {
         return Err(Error::invalid(
@@ -272,20 +299,25 @@ fn check_overlap(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&
     Ok(())
 }
 
-/// The band of causal and window, clamped so that `row + offset` stays within 32 bits.
+/// The band of causal and window, clamped so that `row + offset` stays within 32 bits without changing who sees whom.
 fn band(options: &AttentionOptions, seq_q: usize, seq_k: usize) -> Option<Band> {
     let Window { left, right } = options.window.unwrap_or_default();
     if !options.causal && left.is_none() && right.is_none() {
         return None;
     }
-    let (seq_q, seq_k) = (seq_q as i64, seq_k as i64);
     let diagonal = match options.causal_align {
         CausalAlign::TopLeft => 0,
-        CausalAlign::BottomRight => seq_k - seq_q,
+        CausalAlign::BottomRight => seq_k as i64 - seq_q as i64,
     };
     let right = if options.causal { Some(0) } else { right };
-    let lo = left.map_or(-seq_q, |left| diagonal - i64::from(left));
-    let hi = right.map_or(seq_k, |right| diagonal + i64::from(right));
+    let lo = left.map_or(i64::MIN, |left| diagonal - i64::from(left));
+    let hi = right.map_or(i64::MAX, |right| diagonal + i64::from(right));
+    clamp_band(lo, hi, seq_q, seq_k)
+}
+
+/// `None` when the band hides nothing.
+fn clamp_band(lo: i64, hi: i64, seq_q: usize, seq_k: usize) -> Option<Band> {
+    let (seq_q, seq_k) = (seq_q as i64, seq_k as i64);
     let (lo, hi) = (lo.clamp(-seq_q, seq_k), hi.clamp(-seq_q - 1, seq_k));
     if lo <= 1 - seq_q && hi >= seq_k - 1 {
         return None;

@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::runtime::Runtime;
 use crate::tensor::{TensorView, TensorViewMut};
 
-pub(crate) use self::check::Checked;
+pub(crate) use self::check::{Checked, restate};
 pub(crate) use self::select::{BaseAlign, explain, select};
 
 /// How far a query looks, in keys, either side of its diagonal; `None` is unbounded.

@@ -2,7 +2,7 @@
 
 use super::problem::Problem;
 use crate::bundle::manifest::{Factor, Grid, Launch, Param, Quantity, Tensor, Variant};
-use crate::device::DeviceContext;
+use crate::device::{DeviceContext, log_drop_error};
 use crate::driver::{FunctionHandle, LaunchRequest, ParamBlock, StreamHandle, TensorMapSpec};
 use crate::error::{Error, Result};
 use crate::tensor::Layout;
@@ -102,8 +102,10 @@ impl Plan {
             .and_then(|()| {
                 self.launches.iter().try_for_each(|launch| launch.launch(context, stream, addresses, &workspace))
             });
-        let freed = workspace.iter().try_for_each(|&address| context.driver.free(context.handle, address, stream));
-        queued.and(freed)
+        for address in workspace {
+            log_drop_error("scratch memory", context.driver.free(context.handle, address, stream));
+        }
+        queued
     }
 }
 
@@ -202,11 +204,11 @@ fn grid(grid: &Grid, values: &Values<'_>, sm_count: u32) -> Result<[u32; 3]> {
     let mut out = [1u32; 3];
     for ((size, factors), limit) in out.iter_mut().zip([&grid.x, &grid.y, &grid.z]).zip(LIMITS) {
         let product = values.product(factors)?;
-        if product > limit {
+        if product == 0 || product > limit {
             return Err(Error::invalid(
                 "query",
                 format!("{product} tiles"),
-                format!("at most {limit} tiles of queries over batch and heads"),
+                format!("1 to {limit} tiles of queries over batch and heads"),
             ));
         }
         *size = product as u32;

@@ -86,7 +86,8 @@ impl Problem {
 
     /// Whether there is nothing to write, neither output nor log-sum-exp.
     pub fn is_empty(&self) -> bool {
-        self.batch == 0 || self.num_heads_q == 0 || self.seq_len_q == 0
+        let no_rows = self.batch == 0 || self.num_heads_q == 0 || self.seq_len_q == 0;
+        no_rows || (self.head_dim_v == 0 && !self.lse)
     }
 
     /// Whether query row `i` sees key `j`, mask aside.
@@ -136,7 +137,8 @@ impl Problem {
             None => self.seq_len_q as f64 * self.seq_len_k as f64,
             Some(_) => (0..self.seq_len_q).map(|i| self.visible_keys(i).len() as f64).sum(),
         };
-        2.0 * visible * (self.batch * self.num_heads_q) as f64 * (self.head_dim_qk + self.head_dim_v) as f64
+        let dims = self.head_dim_qk as f64 + self.head_dim_v as f64;
+        2.0 * visible * self.batch as f64 * self.num_heads_q as f64 * dims
     }
 }
 

@@ -218,7 +218,7 @@ fn reject_layout(variant: &Variant, problem: &Problem, align: BaseAlign) -> Opti
     let size = problem.dtype.size() as u64;
     for dim in [problem.head_dim_qk, problem.head_dim_v] {
         let found = dim as u64 * size;
-        if found % requires.head_dim_align != 0 {
+        if !found.is_multiple_of(requires.head_dim_align) {
             return Some(Rejection::HeadDimAlign { found, needs: requires.head_dim_align });
         }
     }

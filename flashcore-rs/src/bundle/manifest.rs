@@ -425,6 +425,11 @@ impl Variant {
         for factors in self.workspace.iter().map(|w| &w.bytes) {
             check_factors(factors)?;
         }
+        let mut params = self.launches.iter().flat_map(|launch| &launch.params);
+        let tensor_maps = params.any(|param| matches!(param, Param::TensorMap { .. }));
+        if tensor_maps && (requires.base_align < 16 || requires.stride_align < 16) {
+            return Err("tensor maps need addresses and strides aligned to 16 bytes".into());
+        }
         self.launches.iter().try_for_each(|launch| self.check_launch(launch))
     }
 
@@ -460,7 +465,8 @@ impl Variant {
             (Param::Ptr { .. }, Quantity::AttnMask) => self.when.attn_mask != MaskKind::None,
             (Param::Ptr { .. }, Quantity::Address(_) | Quantity::Lse) => true,
             (Param::TensorMap { .. }, Quantity::Address(_)) => true,
-            (Param::I64 { .. }, Quantity::Stride(..) | Quantity::MaskStride(_)) => true,
+            (Param::I64 { .. }, Quantity::MaskStride(_)) => self.when.attn_mask != MaskKind::None,
+            (Param::I64 { .. }, Quantity::Stride(..)) => true,
             (Param::F32 { .. }, Quantity::Scale | Quantity::ScaleLog2) => true,
             (Param::I32 { .. }, quantity) => quantity.is_i32(),
             _ => false,
@@ -494,6 +500,9 @@ impl Quantity {
 
 fn check_factors(factors: &[Factor]) -> Result<(), String> {
     for factor in factors {
+        if *factor == Factor::Constant(0) {
+            return Err("a factor is 0".into());
+        }
         if let Factor::Quantity(quantity) = factor
             && (!quantity.is_i32() || matches!(quantity, Quantity::BandLo | Quantity::BandHi))
         {

@@ -166,7 +166,7 @@ impl DeviceBuffer {
     /// error of the queued work.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         let size = size_of::<T>();
-        if self.len() % size != 0 {
+        if !self.len().is_multiple_of(size) {
             return Err(Error::invalid("buffer", format!("{} bytes", self.len()), format!("a multiple of {size}")));
         }
         let mut data = vec![T::default(); self.len() / size];

@@ -371,3 +371,27 @@ fn every_bundle_answers_every_case() {
     }
     assert!(missing.is_empty(), "{} without a kernel:\n{}", missing.len(), missing.join("\n"));
 }
+
+/// Uploads, launches, downloads and graphs: the harness's own work on a device, over a driver that computes in host
+/// memory and watches its rules.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_device_is_driven_by_the_rules() {
+    use crate::testing::{MockConfig, MockDriver, with_driver};
+    for (arch, capability) in [("sm_90a", (9, 0)), ("sm_80", (8, 0))] {
+        let devices = vec![MockConfig::device(0, capability)];
+        let driver = std::sync::Arc::new(MockDriver::new(MockConfig { devices, computes: true }));
+        let runtime = with_driver(Runtime::builder().arch(arch), &driver).build().expect("a runtime");
+        driver.learn(runtime.manifest().expect("a manifest"));
+        for case in matrix(Extent::Quick).iter().filter(|case| case.family != "grid") {
+            let verdict = check_repeatedly(&runtime, case, 0, 2);
+            assert!(verdict.pass, "{arch}: {case}: {}", verdict.reason());
+            assert!(verdict.variant.as_ref().is_some_and(|name| name.starts_with("attention_forward")));
+        }
+        let protocol = Protocol { rounds: 2, calls: 1, warmup: 1 };
+        let case = Case::new("test", [2, 2], [20, 20], 64).without_lse();
+        let measured = measure(&runtime, &[case], 0, protocol, &mut || ()).expect("figures");
+        assert_eq!(measured[0].device_us.map(|summary| summary.rounds), Some(2));
+        assert_eq!(driver.violations(), Vec::<String>::new());
+    }
+}

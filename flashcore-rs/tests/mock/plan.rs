@@ -2,7 +2,8 @@
 
 use flashcore::{DType, DeviceBuffer, TensorView, TensorViewMut};
 
-use crate::support::{assert_sound, mock, noise};
+use crate::support::{assert_sound, mock};
+use crate::workload::noise;
 
 #[test]
 fn an_attention_runs_from_views_to_output() -> flashcore::Result<()> {

@@ -32,14 +32,3 @@ pub fn assert_sound(driver: &MockDriver) {
     assert_eq!(driver.violations(), Vec::<String>::new());
 }
 
-/// Numbers that look random.
-pub fn noise(len: usize, seed: u64) -> Vec<half::f16> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        half::f16::from_f32((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
-    };
-    std::iter::repeat_with(next).take(len).collect()
-}

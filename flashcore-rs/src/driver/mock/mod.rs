@@ -716,11 +716,11 @@ impl Driver for MockDriver {
     fn encode_tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
         let (_state, _) = self.enter(Entry::EncodeTensorMap, None)?;
         let inner_bytes = spec.box_dims[0].saturating_mul(spec.dtype.size() as u32);
-        let sound = spec.address % 16 == 0
+        let sound = spec.address.is_multiple_of(16)
             && spec.dims.iter().all(|size| (1..=1 << 32).contains(size))
-            && spec.strides.iter().all(|stride| stride % 16 == 0 && *stride < 1 << 40)
+            && spec.strides.iter().all(|stride| stride.is_multiple_of(16) && *stride < 1 << 40)
             && spec.box_dims.iter().all(|size| (1..=256).contains(size))
-            && inner_bytes % 16 == 0
+            && inner_bytes.is_multiple_of(16)
             && (spec.swizzle == 0 || inner_bytes <= spec.swizzle);
         if sound { Ok(decode::encode_tensor_map(spec)) } else { Err(failure(Entry::EncodeTensorMap, INVALID_VALUE)) }
     }

@@ -1,0 +1,100 @@
+"""Writes the tables of README.md and docs/ from evidence/: `python benches/tables.py [--check]`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With `--check` nothing is written, and a table that is
+not what the evidence gives is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+Rows = list[dict[str, Any]]
+
+
+def evidence(path: str) -> dict[str, Any] | None:
+    file = ROOT / "evidence" / path
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def rows(document: dict[str, Any], kind: str) -> Rows:
+    return [row for row in document["rows"] if row["kind"] == kind]
+
+
+def markdown(header: list[str], body: Iterable[list[object]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in body]
+    return "\n".join(lines)
+
+
+def geomean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values if value > 0 and math.isfinite(value)]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def source(document: dict[str, Any], path: str) -> str:
+    gpu = document["env"].get("gpu") or {}
+    card = gpu.get("name", "CPU") if isinstance(gpu, dict) else gpu
+    return f"\n\nFrom `evidence/{path}`: {card}, commit `{document['commit'][:12]}`."
+
+
+def correctness() -> str:
+    path = "h200/first-light.json"
+    document = evidence(path)
+    if document is None:
+        return "Not measured yet."
+    cases = rows(document, "correct")
+    families = list(dict.fromkeys(row["case"]["family"] for row in cases))
+    body = [_family(name, [row for row in cases if row["case"]["family"] == name]) for name in families]
+    body.append(_family("**all**", cases))
+    repeats = rows(document, "repeat")
+    runs = sorted({row["repeats"] for row in repeats})
+    same = sum(row["irreproducible"] == 0 for row in repeats)
+    header = ["family", "problems", "pass", "largest error / bound", "geomean e / e_ref", "largest LSE error / bound"]
+    tail = f"\n\n{same} of {len(repeats)} sampled problems gave the same bits in every one of {runs} runs."
+    return markdown(header, body) + tail.replace("[", "").replace("]", "") + source(document, path)
+
+
+def _family(name: str, cases: Rows) -> list[object]:
+    share = [row["e"] / row["bound"] for row in cases if row.get("bound")]
+    lse = [row["lse"]["ratio"] for row in cases if row.get("lse")]
+    return [
+        name,
+        len(cases),
+        sum(row["correct"] for row in cases),
+        f"{max(share, default=0):.2f}",
+        # Problems whose scores saturate have references without error; a ratio to nothing says nothing.
+        f"{geomean(row['ratio'] for row in cases if row.get('e_ref', 0) > 1e-6):.2f}",
+        f"{max(lse, default=0):.2f}",
+    ]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "first-light-correctness": correctness,
+}
+
+
+def main(check: bool) -> int:
+    stale = []
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = file.read_text()
+        fresh = MARK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+        if fresh != text:
+            stale.append(str(file.relative_to(ROOT)))
+            if not check:
+                file.write_text(fresh)
+    if stale:
+        print(("not what the evidence gives: " if check else "written: ") + ", ".join(stale))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
