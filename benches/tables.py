@@ -77,7 +77,45 @@ def _family(name: str, cases: Rows) -> list[object]:
     ]
 
 
+def configurations() -> str:
+    path = "h200/first-light.json"
+    document = evidence(path)
+    measured = rows(document, "configuration") if document else []
+    if document is None or not measured:
+        return "Not measured yet."
+    header = [
+        "S, B",
+        "FlashCore call / device",
+        "SDPA call / device",
+        "call, times faster",
+        "best other device",
+        "floor",
+    ]
+    tail = """
+
+Microseconds, 8 heads, head_dim 64, fp16, dense; medians of interleaved rounds in one process. call: an event pair
+around one call with an empty queue; device: one of 50 launches in a CUDA graph; best other: the fastest SDPA backend;
+floor: the bytes or operations at the card's measured ceilings."""
+    return markdown(header, map(_configuration, measured)) + tail + source(document, path)
+
+
+def _configuration(row: dict[str, Any]) -> list[object]:
+    def median(arm: str, figure: str) -> float:
+        return row["arms"][arm][figure]["median"]
+
+    best = min(median(arm, "device_us") for arm in row["arms"] if arm != "flashcore")
+    return [
+        f"{row['seq_len']}, {row['batch']}",
+        f"{median('flashcore', 'call_us'):.1f} / {median('flashcore', 'device_us'):.1f}",
+        f"{median('sdpa', 'call_us'):.1f} / {median('sdpa', 'device_us'):.1f}",
+        f"{row['speedup_over_sdpa_call']:.2f}",
+        f"{best:.1f}",
+        f"{row['floor_us']:.1f}" if row["floor_us"] else "-",
+    ]
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "first-light-configurations": configurations,
     "first-light-correctness": correctness,
 }
 

@@ -164,7 +164,7 @@ SHAPES = {
 }
 SHAPES_OF = {
     "sm_86": {
-        ("wide", 64): Shape(128, 64, 4, 2),
+        ("wide", 64): Shape(128, 64, 8, 3),
     },
     # WGMMA wants whole warpgroups and leaves the operands in shared memory, so key tiles can be wide. Pipelining a
     # mask's loads serialises WGMMA (C7515).
@@ -187,6 +187,7 @@ SHAPES_OF = {
     "sm_100a": {
         ("wide", 128): Shape(128, 64, 8, 3),
         ("wide", 256): Shape(128, 32, 8, 2),
+        ("wide+mask", 64): Shape(64, 64, 8, 2),
         ("narrow+mask", 64): Shape(128, 32, 8, 1),
         ("narrow+mask", 128): Shape(64, 32, 8, 1),
         ("narrow+mask", 256): Shape(64, 16, 8, 1),

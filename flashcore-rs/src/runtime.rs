@@ -303,11 +303,11 @@ impl DeviceRuntime {
             let given = format!("a stream of cuda:{}", stream.ordinal());
             return Err(Error::invalid("stream", given, format!("a stream of cuda:{}", self.context.info.ordinal)));
         }
-        let a = &checked.addresses;
-        let plan = self.plan(&checked.problem, BaseAlign::of([a.q, a.k, a.v, a.out]))?;
         if checked.problem.is_empty() {
             return Ok(());
         }
+        let a = &checked.addresses;
+        let plan = self.plan(&checked.problem, BaseAlign::of([a.q, a.k, a.v, a.out]))?;
         let outputs = [out.owner(), lse.and_then(TensorViewMut::owner)];
         let mut buffers: Vec<&Arc<BufferInner>> = call.owners().collect();
         buffers.extend(outputs.iter().flatten().map(|buffer| buffer.inner()));

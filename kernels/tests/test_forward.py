@@ -110,6 +110,13 @@ def test_numbers(attention: Attention, problem: Problem) -> None:
     check(problem, tensors, *attention(problem, tensors))
 
 
+@pytest.mark.parametrize("offset", range(-24, 24, 3))
+def test_band_edges_at_every_place_of_a_key_tile(attention: Attention, offset: int) -> None:
+    problem = Problem(33, 64, num_heads_q=1, band=(offset, offset + 9))
+    tensors = inputs(problem)
+    check(problem, tensors, *attention(problem, tensors))
+
+
 @pytest.mark.parametrize("tile", specs.TILES)
 def test_head_dim_in_a_wider_tile(attention: Attention, tile: int) -> None:
     problem = replace(causal(BASE), head_dim_qk=24, head_dim_v=16, alignment="aligned", seq_q=20)

@@ -40,9 +40,13 @@ def test_scales(case: Case, place: Place) -> None:
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 def test_nothing_to_do(case: Case, place: Place) -> None:
     inputs = case.tensors(*place)
+    if place[0] == "cuda" and case.dim == 0:
+        with pytest.raises(flashcore.UnsupportedError, match="head_dim 0"):
+            flashcore.attention(*inputs)
+        return
     out, lse = flashcore.attention(*inputs, return_lse=True, **case.options)
-    expected = F.scaled_dot_product_attention(*(x.cpu().float() for x in inputs))
-    assert torch.equal(out.cpu().float(), expected.reshape(out.shape)) or case.dim == 0
+    assert out.shape == (*inputs[0].shape[:3], inputs[2].shape[3])
+    assert not out.any()
     assert lse.shape == out.shape[:3]
     if case.seq_k == 0:
         assert torch.all(lse == float("-inf"))

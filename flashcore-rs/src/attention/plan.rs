@@ -167,7 +167,7 @@ impl PlannedLaunch {
         }
         for (index, tensor, spec) in &self.tensor_maps {
             let spec = TensorMapSpec { address: addresses.tensor(*tensor), ..*spec };
-            let map = context.driver.encode_tensor_map(&spec)?;
+            let map = context.driver.encode_tensor_map(context.handle, &spec)?;
             params.set(*index, &map.0);
         }
         context.driver.launch(

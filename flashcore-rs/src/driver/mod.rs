@@ -207,8 +207,8 @@ pub trait Driver: Send + Sync {
     /// `(offset, size)` of parameter `index`, or `None` past the last. Drivers before CUDA 12.4 cannot say: `Ok(None)`
     /// for index 0.
     fn param_info(&self, function: FunctionHandle, index: usize) -> Result<Option<(usize, usize)>>;
-    /// Encodes a TMA descriptor. Touches no device state.
-    fn encode_tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap>;
+    /// Encodes a TMA descriptor. Touches no device state, but the driver wants a context on the thread.
+    fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap>;
     /// Launches a kernel. Never synchronises.
     fn launch(&self, context: ContextHandle, request: &LaunchRequest<'_>) -> Result<()>;
 

@@ -178,8 +178,8 @@ fn flops(case: &Case) -> f64 {
     2.0 * scores * (case.head_dim_qk + case.head_dim_v) as f64
 }
 
-/// A case that is ready to be called.
-struct Arm<'a> {
+/// A case that is ready to be called and timed, without a log-sum-exp.
+pub struct Arm<'a> {
     runtime: &'a Runtime,
     inputs: Inputs,
     out: HostTensor,
@@ -194,7 +194,11 @@ struct OnDevice {
 }
 
 impl<'a> Arm<'a> {
-    fn new(runtime: &'a Runtime, case: &Case, seed: u64) -> Result<Self> {
+    /// Draws the inputs, and on a device uploads them and captures the graph.
+    ///
+    /// # Errors
+    /// Whatever keeps the case from running.
+    pub fn new(runtime: &'a Runtime, case: &Case, seed: u64) -> Result<Self> {
         let inputs = Inputs::draw(case, seed)?;
         let (out, _) = Inputs::outputs(case)?;
         if runtime.device() == Device::Cpu {
@@ -215,7 +219,11 @@ impl<'a> Arm<'a> {
         Ok(arm)
     }
 
-    fn call(&mut self) -> Result<()> {
+    /// The call itself: on a device it only queues the work.
+    ///
+    /// # Errors
+    /// As [`crate::Attention::run`].
+    pub fn call(&mut self) -> Result<()> {
         let Inputs { query, key, value, options, .. } = &self.inputs;
         match &mut self.device {
             None => {
@@ -231,7 +239,10 @@ impl<'a> Arm<'a> {
     }
 
     /// Microseconds of a call with an empty queue, to the end of its work.
-    fn whole_call(&mut self) -> Result<f64> {
+    ///
+    /// # Errors
+    /// As [`crate::Attention::run`].
+    pub fn whole_call(&mut self) -> Result<f64> {
         let stream = self.device.is_some().then(|| self.runtime.stream()).transpose()?;
         if let Some(stream) = stream {
             stream.synchronize()?;
@@ -245,7 +256,10 @@ impl<'a> Arm<'a> {
     }
 
     /// Microseconds of one launch in the graph; `None` on the CPU.
-    fn launch_time(&self) -> Result<Option<f64>> {
+    ///
+    /// # Errors
+    /// A driver failure.
+    pub fn launch_time(&self) -> Result<Option<f64>> {
         let Some(graph) = self.device.as_ref().and_then(|device| device.graph.as_ref()) else { return Ok(None) };
         let stream = self.runtime.stream()?;
         graph.launch(stream)?;

@@ -28,7 +28,7 @@ pub use self::correct::{Verdict, check, check_repeatedly};
 pub use self::host::{Damage, HostTensor};
 pub use self::inputs::Inputs;
 pub use self::matrix::{Extent, classic, matrix};
-pub use self::measure::{Floor, LAUNCHES, Measurement, Protocol, Summary, measure};
+pub use self::measure::{Arm, Floor, LAUNCHES, Measurement, Protocol, Summary, measure};
 pub use self::report::{CorrectRow, Environment, Evidence, MeasureRow};
 pub use self::subject::{Ran, Subject};
 

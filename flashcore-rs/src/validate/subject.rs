@@ -101,6 +101,9 @@ fn chosen(runtime: &Runtime, checked: &Checked) -> Result<Ran> {
     let Some(manifest) = runtime.manifest() else {
         return Ok(Ran { variant: "cpu".into(), tile: None });
     };
+    if checked.problem.is_empty() {
+        return Ok(Ran { variant: "none".into(), tile: None });
+    }
     let addresses = &checked.addresses;
     let align = BaseAlign::of([addresses.q, addresses.k, addresses.v, addresses.out]);
     let variant = select(manifest, &checked.problem, align).map_err(Error::Unsupported)?;

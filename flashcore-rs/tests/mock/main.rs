@@ -8,3 +8,4 @@ mod workload;
 
 mod asynchrony;
 mod plan;
+mod programs;

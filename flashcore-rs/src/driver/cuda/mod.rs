@@ -214,7 +214,8 @@ impl Driver for CudaDriver {
         }
     }
 
-    fn encode_tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
+    fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let _bound = self.bind(context)?;
         const TYPE_FLOAT16: c_uint = 6;
         const TYPE_BFLOAT16: c_uint = 9;
         const L2_PROMOTION_128B: c_uint = 2;

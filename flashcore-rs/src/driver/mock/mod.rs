@@ -481,6 +481,13 @@ impl State {
         }
     }
 
+    /// Ends the capture that a stream is in.
+    fn abandon_capture(&mut self, key: u64) -> Option<Capture> {
+        let id = self.streams.get(&key)?.capture?;
+        self.streams.values_mut().filter(|s| s.capture == Some(id)).for_each(|stream| stream.capture = None);
+        self.captures.remove(&id)
+    }
+
     /// Fails an operation that a captured stream cannot do, and its capture with it.
     fn refuse_capture(&mut self, entry: Entry, key: u64, code: u32) -> Result<()> {
         match self.capture(entry, key)? {
@@ -713,8 +720,8 @@ impl Driver for MockDriver {
         Ok(None)
     }
 
-    fn encode_tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
-        let (_state, _) = self.enter(Entry::EncodeTensorMap, None)?;
+    fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let (_state, _) = self.enter(Entry::EncodeTensorMap, Some(context))?;
         let inner_bytes = spec.box_dims[0].saturating_mul(spec.dtype.size() as u32);
         let sound = spec.address.is_multiple_of(16)
             && spec.dims.iter().all(|size| (1..=1 << 32).contains(size))
@@ -964,7 +971,14 @@ impl Driver for MockDriver {
     }
 
     fn end_capture(&self, context: ContextHandle, stream: StreamHandle) -> Result<Option<GraphHandle>> {
-        let (mut state, ordinal) = self.enter(Entry::EndCapture, Some(context))?;
+        let (mut state, ordinal) = match self.enter(Entry::EndCapture, Some(context)) {
+            Ok(entered) => entered,
+            Err(error) => {
+                // Whatever goes wrong, the stream is not captured afterwards.
+                self.lock().abandon_capture(stream.0);
+                return Err(error);
+            }
+        };
         let key = state.stream(Entry::EndCapture, ordinal, stream)?;
         let id = state.streams.get(&key).and_then(|stream| stream.capture).unwrap_or_default();
         let Some(capture) = state.captures.get(&id).filter(|capture| capture.origin == key) else {
@@ -973,8 +987,7 @@ impl Driver for MockDriver {
         if capture.thread != std::thread::current().id() {
             return Err(failure(Entry::EndCapture, CAPTURE_WRONG_THREAD));
         }
-        state.streams.values_mut().filter(|s| s.capture == Some(id)).for_each(|stream| stream.capture = None);
-        let Some(capture) = state.captures.remove(&id) else { return Ok(None) };
+        let Some(capture) = state.abandon_capture(key) else { return Ok(None) };
         if capture.invalid {
             return Err(failure(Entry::EndCapture, CAPTURE_INVALIDATED));
         }
