@@ -9,7 +9,8 @@ VALIDATOR is the `flashcore-validate` program. Three kinds of rows are written:
 - `python_repeat`: one call many times; all outputs must be the same bits.
 - `configuration` (GPU only): the nine classic configurations, FlashCore and every SDPA backend in turn, in random order
   within each round. `call_us` is an event pair around one call with an empty queue, `wall_us` the same call by the
-  host's clock to the end of its work (with the two events), `device_us` one of 50 launches in a CUDA graph. Caches are warm.
+  host's clock to the end of its work (with the two events), `device_us` one of 50 launches in a CUDA graph. Caches are
+  warm.
 
 With `--into`, the rows are added to evidence that `flashcore-validate --json` wrote, which also says what ran where.
 Exits with 1 when outputs differ.

@@ -7,7 +7,7 @@ use crate::attention::check::Operands;
 use crate::attention::{
     Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, restate, select,
 };
-use crate::bundle::manifest::{Launch, Param, Variant};
+use crate::bundle::manifest::{Launch, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
 use crate::device::{BufferInner, Captured, DeviceContext, Stream, enqueue};
@@ -361,11 +361,7 @@ fn check_abi(context: &DeviceContext, function: FunctionHandle, variant: &Varian
         return Ok(());
     }
     for (index, param) in launch.params.iter().enumerate() {
-        let expected = match param {
-            Param::I32 { .. } | Param::F32 { .. } => 4,
-            Param::Ptr { .. } | Param::I64 { .. } | Param::Scratch { .. } => 8,
-            Param::TensorMap { .. } => 128,
-        };
+        let expected = param.size();
         match context.driver.param_info(function, index)? {
             Some((_, size)) if size == expected => {}
             Some((_, size)) => {

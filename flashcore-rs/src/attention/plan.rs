@@ -128,12 +128,13 @@ impl PlannedLaunch {
     }
 
     fn push(&mut self, param: &Param, values: &Values<'_>) -> Result<()> {
+        let align = param.size();
         let index = match param {
-            Param::Ptr { .. } | Param::Scratch { .. } => self.params.push(&0u64.to_ne_bytes(), 8),
-            Param::I32 { value } => self.params.push(&values.i32(*value)?.to_ne_bytes(), 4),
-            Param::I64 { value } => self.params.push(&values.stride(*value).to_ne_bytes(), 8),
-            Param::F32 { value } => self.params.push(&values.f32(*value).to_ne_bytes(), 4),
-            Param::TensorMap { .. } => self.params.push(&[0; 128], 128),
+            Param::Ptr { .. } | Param::Scratch { .. } => self.params.push(&0u64.to_ne_bytes(), align),
+            Param::I32 { value } => self.params.push(&values.i32(*value)?.to_ne_bytes(), align),
+            Param::I64 { value } => self.params.push(&values.stride(*value).to_ne_bytes(), align),
+            Param::F32 { value } => self.params.push(&values.f32(*value).to_ne_bytes(), align),
+            Param::TensorMap { .. } => self.params.push(&[0; 128], align),
         };
         let index = index.ok_or_else(|| Error::invalid("kernel", "too many parameters", "2 KiB of parameters"))?;
         match param {

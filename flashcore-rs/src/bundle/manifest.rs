@@ -254,6 +254,17 @@ pub enum Param {
     },
 }
 
+impl Param {
+    /// Bytes in the parameter list, and their alignment there.
+    pub(crate) fn size(&self) -> usize {
+        match self {
+            Self::I32 { .. } | Self::F32 { .. } => 4,
+            Self::Ptr { .. } | Self::I64 { .. } | Self::Scratch { .. } => 8,
+            Self::TensorMap { .. } => 128,
+        }
+    }
+}
+
 /// What a scratch pointer needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -439,6 +450,10 @@ impl Variant {
         }
         if launch.params.len() > crate::driver::MAX_PARAMS {
             return Err(format!("{} parameters", launch.params.len()));
+        }
+        let sizes = launch.params.iter().map(Param::size);
+        if sizes.fold(0usize, |used, size| used.next_multiple_of(size) + size) > crate::driver::PARAM_BYTES {
+            return Err(format!("parameters of more than {} bytes", crate::driver::PARAM_BYTES));
         }
         for factors in [&launch.grid.x, &launch.grid.y, &launch.grid.z] {
             check_factors(factors)?;

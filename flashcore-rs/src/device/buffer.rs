@@ -177,11 +177,7 @@ impl DeviceBuffer {
     }
 
     /// Queues work on the home stream, unless there is nothing in the buffer.
-    fn queue(
-        &self,
-        what: &'static str,
-        work: impl FnOnce(&DeviceContext, StreamHandle) -> Result<()>,
-    ) -> Result<()> {
+    fn queue(&self, what: &'static str, work: impl FnOnce(&DeviceContext, StreamHandle) -> Result<()>) -> Result<()> {
         let home = self.home();
         let _turn = self.inner.lock();
         let hold = home.hold();

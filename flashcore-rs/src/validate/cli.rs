@@ -13,6 +13,7 @@ use super::correct::check_repeatedly;
 use super::matrix::{Extent, classic, matrix};
 use super::measure::{LAUNCHES, Protocol, measure};
 use super::report::{CorrectRow, Environment, Evidence, MeasureRow, correct_table, measure_table, row};
+use super::subject::Subject;
 use super::ui::Ui;
 use super::{Exit, dump};
 use crate::runtime::Runtime;
@@ -62,7 +63,7 @@ struct Options {
     /// Use this bundle
     #[arg(long, global = true, value_name = "FILE")]
     bundle: Option<PathBuf>,
-    /// A tenth of the cases and few rounds: a smoke run
+    /// A seventh of the cases and few rounds: a smoke run
     #[arg(long, global = true, conflicts_with = "full")]
     quick: bool,
     /// Long sequences and tensors of more than 2^31 elements too (24 GB of memory)
@@ -216,10 +217,16 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The matrix once, and a sample of it repeatedly.
-fn correct(runtime: &Runtime, cases: &[Case], options: &Options, ui: &mut Ui, evidence: &mut Evidence) -> Result<Exit> {
+fn correct(
+    subject: &dyn Subject,
+    cases: &[Case],
+    options: &Options,
+    ui: &mut Ui,
+    evidence: &mut Evidence,
+) -> Result<Exit> {
     let judge = |case: &Case, repeats: usize| {
         let start = Instant::now();
-        let verdict = check_repeatedly(runtime, case, options.seed, repeats);
+        let verdict = check_repeatedly(subject, case, options.seed, repeats);
         let seconds = start.elapsed().as_secs_f64();
         CorrectRow { name: case.to_string(), case: case.clone(), repeats, verdict, seconds }
     };
@@ -328,4 +335,41 @@ fn dump_all(runtime: &Runtime, cases: &[Case], seed: u64, folder: &Path, ui: &mu
 fn print(text: &str) -> Exit {
     drop(writeln!(stdout(), "{text}"));
     Exit::Pass
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::host::HostTensor;
+    use super::super::inputs::Inputs;
+    use super::super::subject::Ran;
+    use super::*;
+
+    /// The CPU backend, with one element of the output off.
+    struct Wrong;
+
+    impl Subject for Wrong {
+        fn compute(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> crate::Result<Ran> {
+            let ran = Runtime::cpu().compute(inputs, out, lse)?;
+            out.set([0; 4], 3.0);
+            Ok(ran)
+        }
+    }
+
+    fn exit_of(subject: &dyn Subject) -> (Exit, Evidence) {
+        let cli = Cli::try_parse_from(["flashcore-validate", "correct", "--repeats", "2"]).expect("a command line");
+        let environment = Environment::of(&Runtime::cpu(), None, None, 0);
+        let mut evidence = Evidence::new("first-light", "unknown", environment);
+        let cases = [Case::new("test", [1, 1], [4, 4], 8), Case::new("test", [1, 1], [5, 5], 8)];
+        let exit = correct(subject, &cases, &cli.options, &mut Ui::new(), &mut evidence).expect("a run");
+        (exit, evidence)
+    }
+
+    #[test]
+    fn a_wrong_result_is_exit_code_1() {
+        assert_eq!(exit_of(&Runtime::cpu()).0, Exit::Pass);
+        let (exit, evidence) = exit_of(&Wrong);
+        assert_eq!((exit, exit as u8), (Exit::Correctness, 1));
+        assert_eq!(evidence.rows.len(), 4);
+        assert!(evidence.rows.iter().all(|row| row["correct"] == false));
+    }
 }

@@ -1,11 +1,14 @@
 //! Everything above the driver, on a driver that records, checks and computes.
 
-mod support;
 #[path = "../shared/asynchrony.rs"]
 mod scenarios;
+mod support;
 #[path = "../shared/workload.rs"]
 mod workload;
 
 mod asynchrony;
+mod bundles;
 mod plan;
 mod programs;
+mod properties;
+mod refusals;

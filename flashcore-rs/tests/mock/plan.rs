@@ -9,7 +9,7 @@ use flashcore::{
     TensorViewMut, Window,
 };
 
-use crate::support::{Call, Form, Operand, assert_sound, devices, mock, runtime, with_bundle};
+use crate::support::{Call, Form, Operand, assert_sound, devices, mock, runtime, two_launches, with_bundle};
 
 /// Runs a call on a fresh mock and gives the one launch that it makes.
 fn launched(call: &Call) -> LaunchRecord {
@@ -278,18 +278,7 @@ fn old_drivers_that_cannot_tell_parameters_are_served() {
 #[test]
 fn a_workspace_belongs_to_the_call() -> Result<()> {
     let driver = Arc::new(MockDriver::default());
-    let (mut manifest, code) = testing::sample();
-    for variant in manifest["variants"].as_array_mut().expect("variants") {
-        variant["workspace"] = serde_json::json!([{"bytes": ["num_heads_q", 100]}, {"bytes": [7]}]);
-        let launch = variant["launches"][0].clone();
-        variant["launches"] = serde_json::json!([launch.clone(), launch]);
-        for launch in variant["launches"].as_array_mut().expect("launches") {
-            let params = launch["params"].as_array_mut().expect("params");
-            params.push(serde_json::json!({"kind": "ptr", "value": "workspace.1"}));
-        }
-    }
-    let bundle = testing::pack(manifest.to_string().as_bytes(), &code);
-    let runtime = with_bundle(&driver, Runtime::builder(), bundle)?;
+    let runtime = with_bundle(&driver, Runtime::builder(), two_launches())?;
     let mut call = Call::new(DType::F16, [1, 3, 8, 16], [1, 3, 8, 16], 16);
     call.on_device(&runtime)?;
     let launches = driver.launches();
@@ -461,6 +450,7 @@ fn calls_for(variant: &flashcore::bundle::Variant) -> Vec<Call> {
     call.attn_mask = mask.map(|dtype| Operand::new(dtype, [1, 1, 5, 7], Form::CONTIGUOUS, 9));
     let mut banded = call.clone();
     banded.options.causal = when.band;
-    let negative = |call: &Call| Call { options: AttentionOptions { scale: Some(-0.5), ..call.options }, ..call.clone() };
+    let negative =
+        |call: &Call| Call { options: AttentionOptions { scale: Some(-0.5), ..call.options }, ..call.clone() };
     vec![negative(&call), negative(&banded), call, banded]
 }

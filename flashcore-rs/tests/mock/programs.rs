@@ -3,11 +3,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use flashcore::testing::{Entry, MockDriver};
+use flashcore::testing::{Entry, MockDriver, sample_bundle};
 use flashcore::{DType, DeviceBuffer, Error, Event, Graph, Result, Runtime, Stream, TensorView, TensorViewMut};
 use proptest::prelude::*;
 
-use crate::support::mock;
+use crate::support::{two_launches, with_bundle};
 
 const SHAPE: [usize; 4] = [1, 1, 3, 8];
 const BYTES: usize = 48;
@@ -42,8 +42,20 @@ fn step(faults: bool) -> impl Strategy<Value = Step> {
 fn leaf(faults: bool) -> impl Strategy<Value = Step> {
     use Entry::*;
     let entry = prop::sample::select(vec![
-        Launch, Alloc, Free, Memset, Synchronize, CreateEvent, RecordEvent, WaitEvent, EndCapture, BeginCapture,
-        LaunchGraph, CopyToHost, CreateStream, DestroyEvent,
+        Launch,
+        Alloc,
+        Free,
+        Memset,
+        Synchronize,
+        CreateEvent,
+        RecordEvent,
+        WaitEvent,
+        EndCapture,
+        BeginCapture,
+        LaunchGraph,
+        CopyToHost,
+        CreateStream,
+        DestroyEvent,
     ]);
     prop_oneof![
         4 => (0..6usize, any::<bool>()).prop_map(|(home, secret)| Step::Buffer { home, secret }),
@@ -169,8 +181,9 @@ impl<'a> World<'a> {
     }
 }
 
-fn run(threads: &[Vec<Step>]) -> std::result::Result<(), TestCaseError> {
-    let (driver, runtime) = mock();
+fn run(bundle: Vec<u8>, threads: &[Vec<Step>]) -> std::result::Result<(), TestCaseError> {
+    let driver = Arc::new(MockDriver::default());
+    let runtime = with_bundle(&driver, Runtime::builder(), bundle).expect("a runtime");
     let home = runtime.stream().expect("a stream");
     let inputs = [2, 3].map(|value| DeviceBuffer::filled(home, BYTES, value).expect("a buffer"));
     let shared = Shared { graphs: Mutex::default(), inputs };
@@ -210,12 +223,13 @@ proptest! {
 
     #[test]
     fn programs_are_ordered(steps in prop::collection::vec(step(false), 1..40)) {
-        run(&[steps])?;
+        run(sample_bundle(), &[steps])?;
     }
 
     #[test]
     fn programs_with_failing_calls_are_ordered(steps in prop::collection::vec(step(true), 1..40)) {
-        run(&[steps])?;
+        // Two launches per call, so that a call can fail half-way.
+        run(two_launches(), &[steps])?;
     }
 
     #[test]
@@ -223,6 +237,6 @@ proptest! {
         first in prop::collection::vec(step(true), 1..20),
         second in prop::collection::vec(step(false), 1..20),
     ) {
-        run(&[first, second])?;
+        run(two_launches(), &[first, second])?;
     }
 }

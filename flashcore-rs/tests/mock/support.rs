@@ -8,6 +8,7 @@ use flashcore::{
     AttentionOptions, DType, DeviceBuffer, Result, Runtime, RuntimeBuilder, Stream, TensorView, TensorViewMut,
 };
 use half::{bf16, f16};
+use serde_json::json;
 
 use crate::workload::noise;
 
@@ -27,6 +28,19 @@ pub fn runtime(driver: &Arc<MockDriver>, ordinal: u32) -> Result<Runtime> {
 pub fn with_bundle(driver: &Arc<MockDriver>, builder: RuntimeBuilder, bundle: Vec<u8>) -> Result<Runtime> {
     driver.learn(Bundle::parse(&bundle)?.manifest());
     testing::with_driver(builder.bundle(bundle), driver).build()
+}
+
+/// The sample bundle with two launches per variant that share scratch memory.
+pub fn two_launches() -> Vec<u8> {
+    let (mut manifest, code) = testing::sample();
+    for variant in manifest["variants"].as_array_mut().expect("variants") {
+        variant["workspace"] = json!([{"bytes": ["num_heads_q", 100]}, {"bytes": [7]}]);
+        let mut launch = variant["launches"][0].clone();
+        let params = launch["params"].as_array_mut().expect("params");
+        params.push(json!({"kind": "ptr", "value": "workspace.1"}));
+        variant["launches"] = json!([launch.clone(), launch]);
+    }
+    testing::pack(manifest.to_string().as_bytes(), &code)
 }
 
 /// A mock with devices of these compute capabilities.
@@ -107,6 +121,15 @@ impl Operand {
             Data::Bool(data) => data.fill(!0),
         }
         self
+    }
+
+    fn is_poison(&self) -> bool {
+        match &self.data {
+            Data::F16(data) => data.iter().all(|x| x.to_bits() == !0),
+            Data::BF16(data) => data.iter().all(|x| x.to_bits() == !0),
+            Data::F32(data) => data.iter().all(|x| x.to_bits() == !0),
+            Data::Bool(data) => data.iter().all(|&x| x == !0),
+        }
     }
 
     pub fn dtype(&self) -> DType {
@@ -230,12 +253,27 @@ impl Call {
         let lse = self.lse.as_ref().zip(lse_buffer.as_mut()).map(|(lse, buffer)| lse.on_mut(buffer));
         let mut out = self.out.on_mut(&mut out_buffer)?;
         let mut lse = lse.transpose()?;
-        launch(runtime, None, views, mask.transpose()?, self.options, &mut out, lse.as_mut())?;
+        let ran = launch(runtime, None, views, mask.transpose()?, self.options, &mut out, lse.as_mut());
+        // Also after a refusal, to see that nothing was written.
         self.out.download(&out_buffer)?;
-        match (&mut self.lse, &lse_buffer) {
-            (Some(lse), Some(buffer)) => lse.download(buffer),
-            _ => Ok(()),
+        if let (Some(lse), Some(buffer)) = (&mut self.lse, &lse_buffer) {
+            lse.download(buffer)?;
         }
+        ran
+    }
+
+    /// Asserts that both the CPU backend and a device refuse the call with this message, and write nothing.
+    #[track_caller]
+    pub fn assert_refused(&self, message: &str) {
+        let (driver, runtime) = mock();
+        let (mut cpu, mut device) = (self.clone(), self.clone());
+        let refused = [cpu.on_cpu(), device.on_device(&runtime)];
+        for (refused, after) in refused.into_iter().zip([cpu, device]) {
+            assert_eq!(refused.expect_err("a refusal").to_string(), message);
+            let outputs = [Some(&after.out), after.lse.as_ref()];
+            assert!(outputs.iter().flatten().all(|output| output.is_poison()), "{message}: something was written");
+        }
+        assert_eq!((driver.launches(), driver.violations()), (vec![], vec![]));
     }
 
     /// Runs on both, and asserts that outputs agree and that the gaps between their rows are untouched.

@@ -54,11 +54,11 @@ impl Workload {
     pub fn run(&self, runtime: &Runtime, stream: &Stream, inputs: &Inputs, out: &mut DeviceBuffer) -> Result<()> {
         let [q, k, v] = &inputs.0;
         let view = |buffer| TensorView::from_buffer(buffer, DType::F16, &self.shape);
-        runtime
-            .attention(&view(q)?, &view(k)?, &view(v)?)
-            .causal(true)
-            .on(stream)
-            .run(&mut TensorViewMut::from_buffer(out, DType::F16, &self.shape)?)
+        runtime.attention(&view(q)?, &view(k)?, &view(v)?).causal(true).on(stream).run(&mut TensorViewMut::from_buffer(
+            out,
+            DType::F16,
+            &self.shape,
+        )?)
     }
 
     /// Asserts that a buffer holds the expected output.

@@ -3,6 +3,7 @@
 //! Types come from `cudarc::driver::sys`, with one exception: results are read as `u32`. The driver may return a code
 //! newer than the bindings, and reading an unknown value as their Rust enum would be undefined behaviour.
 
+use std::error::Error as _;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 use cudarc::driver::sys;
@@ -99,7 +100,8 @@ impl Api {
             match unsafe { Library::new(*name) } {
                 // Leaked on purpose: contexts and modules outlive every owner we could give the library.
                 Ok(library) => return Self::resolve(Box::leak(Box::new(library)))?.initialised(),
-                Err(error) => tried.push(error.to_string()),
+                // The loader's own words are the source of the error.
+                Err(error) => tried.push(error.source().map_or_else(|| error.to_string(), ToString::to_string)),
             }
         }
         Err(Error::DriverNotFound { detail: tried.join("; ") })

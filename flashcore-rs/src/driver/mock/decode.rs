@@ -271,8 +271,7 @@ impl Sizes {
             }
         }
         let when = &variant.when;
-        for (quantity, (low, high)) in
-            [(Quantity::HeadDimQk, when.head_dim_qk), (Quantity::HeadDimV, when.head_dim_v)]
+        for (quantity, (low, high)) in [(Quantity::HeadDimQk, when.head_dim_qk), (Quantity::HeadDimV, when.head_dim_v)]
         {
             if low == high {
                 self.note(quantity, low.into())?;

@@ -186,9 +186,7 @@ impl Allocation {
 
     fn remember(&mut self, at: &Point, from: u64, to: u64, write: bool) {
         // What follows this access on the same stream follows those that it makes superfluous.
-        self.accesses.retain(|old| {
-            old.stream != at.stream || (old.write && !write) || old.from < from || old.to > to
-        });
+        self.accesses.retain(|old| old.stream != at.stream || (old.write && !write) || old.from < from || old.to > to);
         self.accesses.push(Access { from, to, write, stream: at.stream, time: at.time, what: at.what.clone() });
     }
 }

@@ -21,7 +21,7 @@ use super::{
     ContextHandle, DeviceInfo, Driver, EventHandle, FunctionHandle, GraphHandle, LaunchRequest, ModuleHandle,
     ParamBlock, StreamHandle, TensorMap, TensorMapSpec, result_error,
 };
-use crate::bundle::manifest::{Launch, Manifest, Param, Quantity, Tensor, Variant};
+use crate::bundle::manifest::{Launch, Manifest, Quantity, Tensor, Variant};
 use crate::bundle::sha256_hex;
 use crate::error::{Error, Result};
 
@@ -706,12 +706,8 @@ impl Driver for MockDriver {
         let Some(launch) = state.described(function, PARAM_INFO_SINCE) else { return Ok(None) };
         let mut offset = 0usize;
         for (at, param) in launch.params.iter().enumerate() {
-            let (size, align) = match param {
-                Param::I32 { .. } | Param::F32 { .. } => (4, 4),
-                Param::Ptr { .. } | Param::I64 { .. } | Param::Scratch { .. } => (8, 8),
-                Param::TensorMap { .. } => (128, 64),
-            };
-            offset = offset.next_multiple_of(align);
+            let size = param.size();
+            offset = offset.next_multiple_of(size);
             if at == index {
                 return Ok(Some((offset, size)));
             }
