@@ -30,10 +30,11 @@ class Stage:
 STAGES = (
     Stage("format", 20, "cargo fmt --check"),
     Stage("ruff", 20, "ruff check kernels python benches .ci"),
+    Stage("tables", 10, "python benches/tables.py --check"),
     Stage("ruff-format", 20, "ruff format --check kernels python benches .ci"),
     Stage("clippy", 180, "cargo clippy --workspace --all-targets --all-features -- -D warnings"),
+    Stage("clippy-minimal", 60, "cargo clippy -p flashcore-rs --no-default-features --all-targets -- -D warnings"),
     Stage("rust", 240, "cargo test --workspace --all-features"),
-    Stage("rust-no-features", 60, "cargo test -p flashcore-rs --no-default-features --lib"),
     Stage("kernels", 150, "python -m pytest -q kernels/tests"),
     Stage("kernels-check", 120, "python -m kernels check"),
     Stage("crate", 120, "python .ci/consumer.py"),

@@ -35,9 +35,9 @@ def markdown(header: list[str], body: Iterable[list[object]]) -> str:
     return "\n".join(lines)
 
 
-def geomean(values: Iterable[float]) -> float:
+def geomean(values: Iterable[float]) -> str:
     logs = [math.log(value) for value in values if value > 0 and math.isfinite(value)]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+    return f"{math.exp(sum(logs) / len(logs)):.2f}" if logs else "-"
 
 
 def source(document: dict[str, Any], path: str) -> str:
@@ -56,11 +56,11 @@ def correctness() -> str:
     body = [_family(name, [row for row in cases if row["case"]["family"] == name]) for name in families]
     body.append(_family("**all**", cases))
     repeats = rows(document, "repeat")
-    runs = sorted({row["repeats"] for row in repeats})
+    runs = ", ".join(sorted({str(row["repeats"]) for row in repeats}))
     same = sum(row["irreproducible"] == 0 for row in repeats)
     header = ["family", "problems", "pass", "largest error / bound", "geomean e / e_ref", "largest LSE error / bound"]
     tail = f"\n\n{same} of {len(repeats)} sampled problems gave the same bits in every one of {runs} runs."
-    return markdown(header, body) + tail.replace("[", "").replace("]", "") + source(document, path)
+    return markdown(header, body) + tail + source(document, path)
 
 
 def _family(name: str, cases: Rows) -> list[object]:
@@ -72,7 +72,7 @@ def _family(name: str, cases: Rows) -> list[object]:
         sum(row["correct"] for row in cases),
         f"{max(share, default=0):.2f}",
         # Problems whose scores saturate have references without error; a ratio to nothing says nothing.
-        f"{geomean(row['ratio'] for row in cases if row.get('e_ref', 0) > 1e-6):.2f}",
+        geomean(row["ratio"] for row in cases if row.get("e_ref", 0) > 1e-6),
         f"{max(lse, default=0):.2f}",
     ]
 
@@ -114,9 +114,41 @@ def _configuration(row: dict[str, Any]) -> list[object]:
     ]
 
 
+def ptx() -> str:
+    path = "h200/first-light-ptx.json"
+    document = evidence(path)
+    if document is None:
+        return "Not measured yet."
+    cases = rows(document, "correct")
+    passed = sum(row["correct"] for row in cases)
+    text = f"The PTX meant for GPUs that nobody built for, forced: {passed} of {len(cases)} problems pass."
+    return text + source(document, path)
+
+
+def sanitizer() -> str:
+    path = "h200/sanitizer.json"
+    document = evidence(path)
+    if document is None:
+        return "Not measured yet."
+    header = ["tool", "run", "errors", "as expected", "first finding"]
+    body = [
+        [
+            row["tool"],
+            f"planted fault: {row['subject']}" if row["kind"] == "planted" else f"shipped kernels: {row['subject']}",
+            row["errors"],
+            "yes" if row["ok"] else "NO",
+            row["first_finding"] or "",
+        ]
+        for row in document["rows"]
+    ]
+    return markdown(header, body) + source(document, path)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
+    "first-light-ptx": ptx,
+    "sanitizer": sanitizer,
 }
 
 
