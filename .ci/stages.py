@@ -39,7 +39,7 @@ STAGES = (
     Stage("kernels-check", 120, "python -m kernels check"),
     Stage("crate", 120, "python .ci/consumer.py"),
     Stage("wheel", 180, "python .ci/wheel.py"),
-    Stage("typing", 60, "mypy kernels python/flashcore"),
+    Stage("typing", 60, "mypy kernels python/flashcore benches/tables.py benches/sanitize.py"),
     Stage("python", 150, "python -m pytest -q python/tests"),
 )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import flashcore
 
 # (dtype, batch, query heads, key heads, query rows, key rows, head_dim, options)
-CALLS = (
+CALLS: tuple[tuple[str, int, int, int, int, int, int, dict[str, Any]], ...] = (
     ("float16", 1, 2, 2, 300, 300, 64, {}),
     ("float16", 2, 4, 1, 300, 517, 64, {"is_causal": True}),
     ("float16", 1, 2, 2, 65, 129, 64, {"window": (40, 0)}),

@@ -101,7 +101,7 @@ floor: the bytes or operations at the card's measured ceilings."""
 
 def _configuration(row: dict[str, Any]) -> list[object]:
     def median(arm: str, figure: str) -> float:
-        return row["arms"][arm][figure]["median"]
+        return float(row["arms"][arm][figure]["median"])
 
     best = min(median(arm, "device_us") for arm in row["arms"] if arm != "flashcore")
     return [

@@ -32,6 +32,8 @@ mod device;
 mod driver;
 mod dtype;
 mod error;
+#[cfg(feature = "cuda")]
+pub mod interop;
 mod runtime;
 mod tensor;
 #[doc(hidden)]

@@ -10,10 +10,10 @@ use crate::attention::{
 use crate::bundle::manifest::{Launch, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
-use crate::device::{BufferInner, Captured, DeviceContext, Stream, enqueue};
+use crate::device::{Captured, DeviceContext, Loan, Stream, enqueue};
 use crate::driver::{DeviceInfo, Driver, FunctionHandle, StreamHandle};
 use crate::error::{BundleError, Error, Result};
-use crate::tensor::{Device, HostMut, Layout, StorageMut, TensorView, TensorViewMut};
+use crate::tensor::{Device, HostMut, Layout, Owner, OwnerMut, StorageMut, TensorView, TensorViewMut};
 
 /// Plans are small; a workload with more geometries than this re-plans some of them.
 const MAX_PLANS: usize = 4096;
@@ -193,14 +193,7 @@ impl Runtime {
     /// returned value.
     #[expect(unsafe_code, reason = "a handle that only the caller can vouch for")]
     pub unsafe fn foreign_stream(&self, raw: u64) -> Result<Stream> {
-        const LEGACY: u64 = 1;
-        const PER_THREAD: u64 = 2;
-        let context = self.device_runtime()?.context.clone();
-        match raw {
-            PER_THREAD => Err(Error::invalid("stream", "the per-thread default stream", "a stream with a handle")),
-            LEGACY => Ok(Stream::wrap(context, StreamHandle::default(), false)),
-            raw => Ok(Stream::wrap(context, StreamHandle(raw), false)),
-        }
+        Stream::foreign(self.context()?.clone(), StreamHandle(raw), None)
     }
 
     /// Starts an attention call; see [`Attention`].
@@ -246,7 +239,7 @@ impl Runtime {
                 Err(Error::invalid("stream", "a CUDA stream", "none: the CPU backend runs the call at once"))
             }
             Backend::Cpu => run_on_cpu(&checked.problem, call, out, lse),
-            Backend::Device(device) => device.run(&checked, call, out, lse.as_deref()),
+            Backend::Device(device) => device.run(&checked, call, out, lse),
         }
     }
 
@@ -267,6 +260,10 @@ impl Runtime {
         })
     }
 
+    pub(crate) fn context(&self) -> Result<&Arc<DeviceContext>> {
+        Ok(&self.device_runtime()?.context)
+    }
+
     fn device_runtime(&self) -> Result<&Arc<DeviceRuntime>> {
         match &self.backend {
             Backend::Device(device) => Ok(device),
@@ -280,13 +277,12 @@ impl<'a> Attention<'a> {
         Operands { query: &self.query, key: &self.key, value: &self.value, attn_mask: self.attn_mask.as_ref() }
     }
 
-    /// The owned buffers among the inputs.
-    fn owners(&self) -> impl Iterator<Item = &'a Arc<BufferInner>> {
+    /// Whose memory the inputs are.
+    fn owners(&self) -> impl Iterator<Item = Owner<'a>> {
         [Some(self.query), Some(self.key), Some(self.value), self.attn_mask]
             .into_iter()
             .flatten()
             .filter_map(|view| view.owner())
-            .map(|buffer| buffer.inner())
     }
 }
 
@@ -295,11 +291,11 @@ impl DeviceRuntime {
         &self,
         checked: &Checked,
         call: &Attention<'_>,
-        out: &TensorViewMut<'_>,
-        lse: Option<&TensorViewMut<'_>>,
+        out: &mut TensorViewMut<'_>,
+        lse: Option<&mut TensorViewMut<'_>>,
     ) -> Result<()> {
         let stream = call.stream.unwrap_or(&self.stream);
-        if stream.ordinal() != self.context.info.ordinal {
+        if !stream.context().is(&self.context) {
             let given = format!("a stream of cuda:{}", stream.ordinal());
             return Err(Error::invalid("stream", given, format!("a stream of cuda:{}", self.context.info.ordinal)));
         }
@@ -308,11 +304,23 @@ impl DeviceRuntime {
         }
         let a = &checked.addresses;
         let plan = self.plan(&checked.problem, BaseAlign::of([a.q, a.k, a.v, a.out]))?;
-        let outputs = [out.owner(), lse.and_then(TensorViewMut::owner)];
-        let mut buffers: Vec<&Arc<BufferInner>> = call.owners().collect();
-        buffers.extend(outputs.iter().flatten().map(|buffer| buffer.inner()));
         log::debug!("{} runs {}", checked.problem, plan.variant());
-        enqueue(stream, &mut buffers, Captured::Allowed, || plan.launch(&self.context, stream.handle(), a))
+        let mut buffers = Vec::new();
+        let mut loans = Vec::new();
+        for owner in call.owners() {
+            match owner {
+                Owner::Buffer(buffer) => buffers.push(buffer.inner()),
+                Owner::Lender(lender) => loans.push(lender.lend()),
+            }
+        }
+        for owner in [out.owner_mut(), lse.and_then(TensorViewMut::owner_mut)].into_iter().flatten() {
+            match owner {
+                OwnerMut::Buffer(buffer) => buffers.push(buffer.inner()),
+                OwnerMut::Lender(lender) => loans.push(lender.lend_mut()),
+            }
+        }
+        let lenders = Loan::homes(&loans, &self.context)?;
+        enqueue(stream, &mut buffers, &lenders, Captured::Allowed, || plan.launch(&self.context, stream.handle(), a))
     }
 
     fn plan(&self, problem: &Problem, align: BaseAlign) -> Result<Arc<Plan>> {

@@ -1,6 +1,6 @@
 //! Views of tensors: shape, strides, element type and device, over memory that somebody else owns.
 
-use crate::device::DeviceBuffer;
+use crate::device::{DeviceBuffer, Lender, LenderMut};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 
@@ -167,6 +167,22 @@ pub(crate) trait HostElement: Element {
 
 host_storage!(F16: half::f16, BF16: half::bf16, F32: f32, F64: f64, Bool: u8);
 
+/// Who orders and frees device memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Owner<'a> {
+    Buffer(&'a DeviceBuffer),
+    /// Another library.
+    Lender(&'a dyn Lender),
+}
+
+/// Who orders and frees writable device memory.
+#[derive(Debug)]
+pub(crate) enum OwnerMut<'a> {
+    Buffer(&'a DeviceBuffer),
+    /// Another library.
+    Lender(&'a mut (dyn LenderMut + 'static)),
+}
+
 /// Memory behind a read-only view.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Storage<'a> {
@@ -175,7 +191,7 @@ pub(crate) enum Storage<'a> {
     Device {
         address: u64,
         ordinal: u32,
-        owner: Option<&'a DeviceBuffer>,
+        owner: Option<Owner<'a>>,
     },
 }
 
@@ -183,7 +199,7 @@ pub(crate) enum Storage<'a> {
 #[derive(Debug)]
 pub(crate) enum StorageMut<'a> {
     Host(HostMut<'a>),
-    Device { address: u64, ordinal: u32, owner: Option<&'a DeviceBuffer> },
+    Device { address: u64, ordinal: u32, owner: Option<OwnerMut<'a>> },
 }
 
 /// A read-only view of a `(batch, heads, seq, head_dim)` tensor with any strides.
@@ -244,8 +260,9 @@ impl<'a> TensorView<'a> {
         offset: usize,
     ) -> Result<Self> {
         let layout = Layout::new("tensor", dtype, shape, strides)?;
-        let address = address_in(buffer, &layout, offset)?;
-        let storage = Storage::Device { address, ordinal: buffer.ordinal(), owner: Some(buffer) };
+        let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
+        let owner = Some(Owner::Buffer(buffer));
+        let storage = Storage::Device { address, ordinal: buffer.ordinal(), owner };
         Ok(Self { layout, storage })
     }
 
@@ -304,7 +321,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    pub(crate) fn owner(&self) -> Option<&'a DeviceBuffer> {
+    pub(crate) fn owner(&self) -> Option<Owner<'a>> {
         match self.storage {
             Storage::Device { owner, .. } => owner,
             Storage::Host(_) => None,
@@ -356,8 +373,9 @@ impl<'a> TensorViewMut<'a> {
         offset: usize,
     ) -> Result<Self> {
         let layout = Layout::new("out", dtype, shape, strides)?;
-        let address = address_in(buffer, &layout, offset)?;
-        let storage = StorageMut::Device { address, ordinal: buffer.ordinal(), owner: Some(buffer) };
+        let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
+        let owner = Some(OwnerMut::Buffer(buffer));
+        let storage = StorageMut::Device { address, ordinal: buffer.ordinal(), owner };
         Ok(Self { layout, storage })
     }
 
@@ -407,9 +425,11 @@ impl<'a> TensorViewMut<'a> {
         }
     }
 
-    pub(crate) fn owner(&self) -> Option<&'a DeviceBuffer> {
-        match self.storage {
-            StorageMut::Device { owner, .. } => owner,
+    pub(crate) fn owner_mut(&mut self) -> Option<OwnerMut<'_>> {
+        match &mut self.storage {
+            StorageMut::Device { owner: Some(OwnerMut::Buffer(buffer)), .. } => Some(OwnerMut::Buffer(buffer)),
+            StorageMut::Device { owner: Some(OwnerMut::Lender(lender)), .. } => Some(OwnerMut::Lender(&mut **lender)),
+            StorageMut::Device { owner: None, .. } => None,
             StorageMut::Host(_) => None,
         }
     }
@@ -426,19 +446,17 @@ fn check_fits(layout: &Layout, len: usize) -> Result<()> {
     ))
 }
 
-fn address_in(buffer: &DeviceBuffer, layout: &Layout, offset: usize) -> Result<u64> {
+/// Bytes before the element at `offset`, if a view from there lies inside `bytes` of memory.
+pub(crate) fn offset_in(bytes: usize, layout: &Layout, offset: usize) -> Result<u64> {
     let size = layout.dtype.size();
     let needed = layout.extent().checked_add(offset).and_then(|n| n.checked_mul(size));
     match needed {
-        Some(needed) if needed <= buffer.len() => Ok(buffer.address() + (offset * size) as u64),
+        Some(needed) if needed <= bytes => Ok((offset * size) as u64),
         _ => Err(Error::invalid(
             "tensor",
             format!(
-                "shape {:?}, strides {:?} of {} from element {offset} over a buffer of {} bytes",
-                layout.shape,
-                layout.strides,
-                layout.dtype,
-                buffer.len()
+                "shape {:?}, strides {:?} of {} from element {offset} over a buffer of {bytes} bytes",
+                layout.shape, layout.strides, layout.dtype,
             ),
             "a view inside the buffer",
         )),

@@ -1,17 +1,102 @@
 //! Seams for tests: not part of the API, and may change at any time.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
 use crate::bundle::sha256_hex;
+use crate::device::{Lender, LenderMut, Loan};
 pub use crate::driver::TensorMapSpec;
 pub use crate::driver::mock::{Argument, Arguments, Entry, LaunchRecord, MockConfig, MockDriver};
+use crate::dtype::DType;
+use crate::error::Result;
 use crate::runtime::RuntimeBuilder;
+use crate::tensor::{Layout, Owner, OwnerMut, Storage, StorageMut, TensorView, TensorViewMut, offset_in};
 
 /// Takes this driver instead of the installed one.
 pub fn with_driver(builder: RuntimeBuilder, driver: &Arc<MockDriver>) -> RuntimeBuilder {
     builder.driver(driver.clone())
+}
+
+/// Memory of another library on the mock, lent as `cudarc` lends its slices, and freed on its own stream alone.
+#[derive(Debug)]
+pub struct LentMemory {
+    driver: Arc<MockDriver>,
+    address: u64,
+    bytes: usize,
+    home: u64,
+    loans: AtomicUsize,
+}
+
+impl LentMemory {
+    /// Fresh memory on device 0, ordered on `home`, a stream of [`MockDriver::foreign_stream`].
+    pub fn new(driver: &Arc<MockDriver>, home: u64, bytes: usize) -> Self {
+        let address = driver.foreign_memory(0, bytes);
+        Self { driver: driver.clone(), address, bytes, home, loans: AtomicUsize::new(0) }
+    }
+
+    /// A view of all of it.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_buffer`].
+    pub fn view(&self, dtype: DType, shape: &[usize]) -> Result<TensorView<'_>> {
+        let layout = Layout::contiguous("tensor", dtype, shape)?;
+        let address = self.address + offset_in(self.bytes, &layout, 0)?;
+        Ok(TensorView { layout, storage: Storage::Device { address, ordinal: 0, owner: Some(Owner::Lender(self)) } })
+    }
+
+    /// A writable view of all of it.
+    ///
+    /// # Errors
+    /// As [`TensorViewMut::from_buffer`].
+    pub fn view_mut(&mut self, dtype: DType, shape: &[usize]) -> Result<TensorViewMut<'_>> {
+        let layout = Layout::contiguous("out", dtype, shape)?;
+        let address = self.address + offset_in(self.bytes, &layout, 0)?;
+        let owner = Some(OwnerMut::Lender(self));
+        Ok(TensorViewMut { layout, storage: StorageMut::Device { address, ordinal: 0, owner } })
+    }
+
+    /// Writes all of it in the order of its stream.
+    pub fn overwrite(&mut self) {
+        self.driver.foreign_memset(0, self.address, self.bytes, self.home);
+    }
+
+    /// Calls that have it on loan.
+    pub fn loans(&self) -> usize {
+        self.loans.load(Ordering::Relaxed)
+    }
+
+    fn loan(&self) -> Loan<'_> {
+        self.loans.fetch_add(1, Ordering::Relaxed);
+        Loan { home: self.home, context: MockDriver::context(0), guard: Box::new(Returned(&self.loans)) }
+    }
+}
+
+impl Lender for LentMemory {
+    fn lend(&self) -> Loan<'_> {
+        self.loan()
+    }
+}
+
+impl LenderMut for LentMemory {
+    fn lend_mut(&mut self) -> Loan<'_> {
+        self.loan()
+    }
+}
+
+impl Drop for LentMemory {
+    fn drop(&mut self) {
+        self.driver.foreign_free(0, self.address, self.home);
+    }
+}
+
+struct Returned<'a>(&'a AtomicUsize);
+
+impl Drop for Returned<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The hash of a member as manifests write it.

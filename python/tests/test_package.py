@@ -26,7 +26,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_installed_wheel_is_under_test() -> None:
-    assert not Path(flashcore.__file__).is_relative_to(Path(__file__).resolve().parents[2])
+    assert not Path(flashcore.__file__).is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def test_only_the_package_is_installed() -> None:

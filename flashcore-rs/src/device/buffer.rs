@@ -71,10 +71,12 @@ pub(crate) enum Captured {
     Refused(&'static str),
 }
 
-/// Queues `work` on `stream`, ordered with every other use of `buffers`.
+/// Queues `work` on `stream`, ordered with every other use of `buffers`, and of memory on loan whose home streams are
+/// `lenders`.
 pub(crate) fn enqueue(
     stream: &Stream,
     buffers: &mut Vec<&Arc<BufferInner>>,
+    lenders: &[Stream],
     captured: Captured,
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
@@ -86,17 +88,20 @@ pub(crate) fn enqueue(
     buffers.sort_unstable_by_key(|buffer| Arc::as_ptr(buffer).addr());
     buffers.dedup_by(|a, b| Arc::ptr_eq(a, b));
     let _turns: Vec<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
-    let mut streams: Vec<&Stream> = buffers.iter().map(|buffer| &buffer.home).chain([stream]).collect();
+    let homes = buffers.iter().map(|buffer| &buffer.home).chain(lenders);
+    let mut streams: Vec<&Stream> = homes.chain([stream]).collect();
     let holds = hold_all(&mut streams);
     for hold in holds.iter().filter(|hold| hold.is_on(stream)) {
         match captured {
+            // A graph cannot own what is only lent.
+            Captured::Allowed if !lenders.is_empty() => hold.refuse_capture("stream")?,
             // The graph joins at each launch instead; a capture may not wait for work outside it.
             Captured::Allowed if hold.keep(buffers)? => return work(),
             Captured::Refused(what) => hold.refuse_capture(what)?,
             Captured::Allowed => {}
         }
     }
-    if buffers.is_empty() {
+    if buffers.is_empty() && lenders.is_empty() {
         // Foreign memory only, whose order is the caller's contract, also in captures by other libraries.
         return work();
     }

@@ -13,13 +13,15 @@
 
 mod buffer;
 mod graph;
+mod loan;
 mod stream;
 
 use std::sync::Arc;
 
 pub use self::buffer::DeviceBuffer;
-pub(crate) use self::buffer::{BufferInner, Captured, enqueue};
+pub(crate) use self::buffer::{Captured, enqueue};
 pub use self::graph::Graph;
+pub(crate) use self::loan::{Lender, LenderMut, Loan};
 pub use self::stream::{Event, Stream};
 use crate::driver::{ContextHandle, DeviceInfo, Driver};
 use crate::error::{Error, Result};

@@ -18,11 +18,23 @@ pub struct Stream {
 struct StreamInner {
     context: Arc<DeviceContext>,
     handle: StreamHandle,
-    owned: bool,
+    origin: Origin,
     /// The capture in progress. Whoever queues work holds this for reading, so that a capture by another thread begins
     /// and ends between pieces of work, never inside one.
     capture: RwLock<Option<Capture>>,
 }
+
+/// Whose a stream is.
+#[derive(Debug)]
+enum Origin {
+    /// Ours to destroy.
+    Created,
+    /// Another library's, which keeps it alive, or is held to by a reference.
+    Foreign(#[expect(dead_code, reason = "held for its drop")] Option<KeepAlive>),
+}
+
+/// A reference to what must outlive a stream.
+pub(crate) type KeepAlive = Arc<dyn std::any::Any + Send + Sync>;
 
 /// A capture that [`Stream::capture`] has begun.
 #[derive(Debug)]
@@ -48,7 +60,7 @@ impl Capture {
 
 impl Drop for StreamInner {
     fn drop(&mut self) {
-        if self.owned {
+        if matches!(self.origin, Origin::Created) {
             log_drop_error("a stream", self.context.driver.destroy_stream(self.context.handle, self.handle));
         }
     }
@@ -82,8 +94,12 @@ impl Hold<'_> {
 
     /// Refuses a stream that is being captured, by this crate or (for foreign streams) by anybody.
     pub(super) fn refuse_capture(&self, what: &'static str) -> Result<()> {
-        let StreamInner { context, handle, owned, .. } = &*self.stream.inner;
-        if self.capture.is_some() || (!owned && context.driver.stream_is_capturing(context.handle, *handle)?) {
+        let StreamInner { context, handle, origin, .. } = &*self.stream.inner;
+        let by_another = match origin {
+            Origin::Created => false,
+            Origin::Foreign(_) => context.driver.stream_is_capturing(context.handle, *handle)?,
+        };
+        if self.capture.is_some() || by_another {
             return Err(Error::invalid(what, "a stream that is being captured", "a stream that is not"));
         }
         Ok(())
@@ -93,11 +109,26 @@ impl Hold<'_> {
 impl Stream {
     pub(crate) fn create(context: Arc<DeviceContext>) -> Result<Self> {
         let handle = context.driver.create_stream(context.handle)?;
-        Ok(Self::wrap(context, handle, true))
+        Ok(Self::new(context, handle, Origin::Created))
     }
 
-    pub(crate) fn wrap(context: Arc<DeviceContext>, handle: StreamHandle, owned: bool) -> Self {
-        Self { inner: Arc::new(StreamInner { context, handle, owned, capture: RwLock::new(None) }) }
+    /// A stream that is not ours to destroy. `keep` is held as long as the stream is.
+    pub(crate) fn foreign(context: Arc<DeviceContext>, handle: StreamHandle, keep: Option<KeepAlive>) -> Result<Self> {
+        const LEGACY: u64 = 1;
+        const PER_THREAD: u64 = 2;
+        let handle = match handle.0 {
+            PER_THREAD => {
+                let given = "the per-thread default stream";
+                return Err(Error::invalid("stream", given, "a stream that is the same on every thread"));
+            }
+            LEGACY => StreamHandle::default(),
+            handle => StreamHandle(handle),
+        };
+        Ok(Self::new(context, handle, Origin::Foreign(keep)))
+    }
+
+    fn new(context: Arc<DeviceContext>, handle: StreamHandle, origin: Origin) -> Self {
+        Self { inner: Arc::new(StreamInner { context, handle, origin, capture: RwLock::new(None) }) }
     }
 
     pub(crate) fn context(&self) -> &Arc<DeviceContext> {

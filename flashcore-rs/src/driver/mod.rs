@@ -147,11 +147,15 @@ impl ParamBlock {
     }
 
     /// Where the bytes start; 128-byte aligned.
+    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cuda")]
     pub fn as_ptr(&self) -> *const u8 {
         self.bytes.as_ptr()
     }
 
     /// The offset of each parameter from [`ParamBlock::as_ptr`].
+    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cuda")]
     pub fn offsets(&self) -> &[u16] {
         &self.offsets[..self.count]
     }

@@ -383,7 +383,7 @@ fn a_device_is_driven_by_the_rules() {
     use crate::testing::{MockConfig, MockDriver, with_driver};
     for (arch, capability) in [("sm_90a", (9, 0)), ("sm_80", (8, 0))] {
         let devices = vec![MockConfig::device(0, capability)];
-        let driver = std::sync::Arc::new(MockDriver::new(MockConfig { devices, computes: true }));
+        let driver = std::sync::Arc::new(MockDriver::new(MockConfig { devices, ..MockConfig::default() }));
         let runtime = with_driver(Runtime::builder().arch(arch), &driver).build().expect("a runtime");
         driver.learn(runtime.manifest().expect("a manifest"));
         for case in matrix(Extent::Quick).iter().filter(|case| case.family != "grid").step_by(2) {

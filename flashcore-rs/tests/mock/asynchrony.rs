@@ -1,7 +1,12 @@
 //! Every access is ordered, whatever safe code does.
 
+use std::sync::Arc;
+
+use flashcore::testing::{Entry, LentMemory, MockConfig, MockDriver};
+use flashcore::{DType, DeviceBuffer, Error, TensorView};
+
 use crate::scenarios::CASES;
-use crate::support::{assert_sound, mock};
+use crate::support::{assert_sound, mock, runtime};
 use crate::workload::Workload;
 
 #[test]
@@ -15,5 +20,105 @@ fn scenarios_hold_on_the_mock() -> flashcore::Result<()> {
         assert_eq!(driver.live(), (0, 0, 0, 0), "{name} leaks");
         assert_sound(&driver);
     }
+    Ok(())
+}
+
+#[test]
+fn threads_that_overtake_each_other_are_ordered() -> flashcore::Result<()> {
+    let work = Workload::new([1, 2, 5, 8], 1)?;
+    for (name, case) in CASES.into_iter().filter(|(name, _)| name.starts_with("threads")) {
+        let driver = Arc::new(MockDriver::new(MockConfig { dawdles: true, ..MockConfig::default() }));
+        case(&runtime(&driver, 0)?, &work).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(driver.violations(), Vec::<String>::new(), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn secrets_are_zeroed_before_they_are_freed() -> flashcore::Result<()> {
+    let (driver, runtime) = mock();
+    let stream = runtime.new_stream()?;
+    let secret = || DeviceBuffer::from_slice(&stream, &[1u8; 64])?.zero_on_drop();
+    let zeroed = |count: usize| {
+        let log = driver.log();
+        assert_eq!(log.iter().filter(|&&entry| entry == Entry::Free).count(), count);
+        let before = log.windows(2).filter(|pair| *pair == [Entry::Memset, Entry::Free]).count();
+        assert_eq!(before, count);
+    };
+    drop(secret()?);
+    zeroed(1);
+    // During a capture of the stream: afterwards.
+    let during = secret()?;
+    drop(stream.capture(|| {
+        drop(during);
+        zeroed(1);
+        Ok(())
+    })?);
+    zeroed(2);
+    // Memory that cannot be zeroed is kept.
+    let kept = secret()?;
+    driver.fail(Entry::Memset, 0, 1);
+    drop(kept);
+    zeroed(2);
+    assert_eq!(driver.live().0, 1);
+    assert_sound(&driver);
+    Ok(())
+}
+
+#[test]
+fn memory_on_loan_is_ordered_on_its_own_stream() -> flashcore::Result<()> {
+    let (driver, runtime) = mock();
+    let homes = [driver.foreign_stream(0), driver.foreign_stream(0)];
+    let shape = [1, 1, 3, 8];
+    let side = runtime.new_stream()?;
+    for stream in [runtime.stream()?, &side] {
+        let mut inputs = homes.map(|home| LentMemory::new(&driver, home, 48));
+        let mut out = LentMemory::new(&driver, homes[1], 48);
+        inputs.iter_mut().for_each(LentMemory::overwrite);
+        let owned = DeviceBuffer::filled(&side, 48, 0)?;
+        {
+            let [q, k] = &inputs;
+            let (q, k) = (q.view(DType::F16, &shape)?, k.view(DType::F16, &shape)?);
+            let v = TensorView::from_buffer(&owned, DType::F16, &shape)?;
+            runtime.attention(&q, &k, &v).on(stream).run(&mut out.view_mut(DType::F16, &shape)?)?;
+        }
+        assert_eq!((inputs[0].loans(), out.loans()), (0, 0));
+        // Their owner writes again at once, and frees.
+        inputs.iter_mut().for_each(LentMemory::overwrite);
+        out.overwrite();
+        // A graph cannot own it.
+        let captured = side.capture(|| {
+            let [q, k] = &inputs;
+            let (q, k) = (q.view(DType::F16, &shape)?, k.view(DType::F16, &shape)?);
+            runtime.attention(&q, &k, &k).on(&side).run(&mut out.view_mut(DType::F16, &shape)?)
+        });
+        assert!(matches!(captured, Err(Error::InvalidArgument { argument: "stream", .. })), "{captured:?}");
+        assert_eq!(out.loans(), 0);
+    }
+    assert_sound(&driver);
+    drop((side, runtime));
+    assert_eq!(driver.live(), (0, 2, 0, 0));
+    Ok(())
+}
+
+#[test]
+fn memory_is_leaked_when_nobody_can_say_that_it_is_free() -> flashcore::Result<()> {
+    let (driver, runtime) = mock();
+    let work = Workload::new([1, 1, 3, 8], 1)?;
+    let (home, side) = (runtime.stream()?, runtime.new_stream()?);
+    for waits in [true, false] {
+        let inputs = work.upload([home, home, home])?;
+        let mut out = work.output(home)?;
+        // The second event is the one that would make the home stream wait for the kernel.
+        driver.fail(Entry::CreateEvent, 1, 999);
+        if !waits {
+            driver.fail(Entry::Synchronize, 0, 999);
+        }
+        let result = work.run(&runtime, &side, &inputs, &mut out);
+        assert_eq!(result.is_ok(), waits, "{result:?}");
+        drop((inputs, out));
+        assert_eq!(driver.live().0, if waits { 0 } else { 4 });
+    }
+    assert_sound(&driver);
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! Everything above the driver, on a driver that records, checks and computes.
 
+#[path = "../shared/fuzz.rs"]
+mod fuzz;
 #[path = "../shared/asynchrony.rs"]
 mod scenarios;
 mod support;
@@ -7,7 +9,9 @@ mod support;
 mod workload;
 
 mod asynchrony;
+mod auto_traits;
 mod bundles;
+mod corpus;
 mod plan;
 mod programs;
 mod properties;

@@ -7,7 +7,7 @@ use flashcore::testing::{Entry, MockDriver, sample_bundle};
 use flashcore::{DType, DeviceBuffer, Error, Event, Graph, Result, Runtime, Stream, TensorView, TensorViewMut};
 use proptest::prelude::*;
 
-use crate::support::{two_launches, with_bundle};
+use crate::support::{cases, two_launches, with_bundle};
 
 const SHAPE: [usize; 4] = [1, 1, 3, 8];
 const BYTES: usize = 48;
@@ -215,11 +215,7 @@ fn run(bundle: Vec<u8>, threads: &[Vec<Step>]) -> std::result::Result<(), TestCa
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 4 } else { 1000 },
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(cases(1000))]
 
     #[test]
     fn programs_are_ordered(steps in prop::collection::vec(step(false), 1..40)) {

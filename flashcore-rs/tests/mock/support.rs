@@ -8,9 +8,17 @@ use flashcore::{
     AttentionOptions, DType, DeviceBuffer, Result, Runtime, RuntimeBuilder, Stream, TensorView, TensorViewMut,
 };
 use half::{bf16, f16};
+use proptest::prelude::ProptestConfig;
 use serde_json::json;
 
 use crate::workload::noise;
+
+/// How many cases a property is tried on; at most `FLASHCORE_TEST_CASES` where an interpreter or Valgrind runs them.
+pub fn cases(cases: u32) -> ProptestConfig {
+    let limit = std::env::var("FLASHCORE_TEST_CASES").ok().and_then(|limit| limit.parse().ok());
+    let limit = limit.unwrap_or(if cfg!(miri) { 2 } else { u32::MAX });
+    ProptestConfig { cases: cases.min(limit), failure_persistence: None, ..ProptestConfig::default() }
+}
 
 /// A mock with one device, and a runtime on it with the sample bundle.
 pub fn mock() -> (Arc<MockDriver>, Runtime) {

@@ -89,11 +89,13 @@ pub struct MockConfig {
     pub devices: Vec<DeviceInfo>,
     /// Whether launches are computed, where the manifest says what they mean.
     pub computes: bool,
+    /// Whether calls take a while, so that threads overtake each other between them.
+    pub dawdles: bool,
 }
 
 impl Default for MockConfig {
     fn default() -> Self {
-        Self { devices: vec![Self::device(0, (9, 0))], computes: true }
+        Self { devices: vec![Self::device(0, (9, 0))], computes: true, dawdles: false }
     }
 }
 
@@ -329,6 +331,25 @@ impl MockDriver {
         self.lock().new_stream(ordinal)
     }
 
+    /// Frees what another library allocated, in the order of its stream.
+    pub fn foreign_free(&self, ordinal: u32, address: u64, stream: u64) {
+        if let Err(error) = self.free(context(ordinal), address, StreamHandle(stream)) {
+            self.lock().violation(format!("a foreign free: {error}"));
+        }
+    }
+
+    /// Writes what another library allocated, in the order of its stream.
+    pub fn foreign_memset(&self, ordinal: u32, address: u64, bytes: usize, stream: u64) {
+        if let Err(error) = self.memset(context(ordinal), address, 0, bytes, StreamHandle(stream)) {
+            self.lock().violation(format!("a foreign memset: {error}"));
+        }
+    }
+
+    /// The handle of a device's context.
+    pub(crate) fn context(ordinal: u32) -> u64 {
+        context(ordinal).0
+    }
+
     /// Captures a stream behind the runtime's back.
     ///
     /// # Errors
@@ -380,6 +401,12 @@ impl MockDriver {
     fn enter(&self, entry: Entry, context: Option<ContextHandle>) -> Result<(MutexGuard<'_, State>, u32)> {
         let mut state = self.lock();
         state.log.push(entry);
+        if state.config.dawdles {
+            let pause = std::time::Duration::from_micros(state.log.len() as u64 * 7 % 60);
+            drop(state);
+            std::thread::sleep(pause);
+            state = self.lock();
+        }
         let ordinal = match context {
             None => 0,
             Some(ContextHandle(handle)) => {

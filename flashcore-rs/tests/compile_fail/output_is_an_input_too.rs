@@ -1,0 +1,9 @@
+use flashcore::{DType, DeviceBuffer, Runtime, TensorView, TensorViewMut};
+
+fn main() -> flashcore::Result<()> {
+    let runtime = Runtime::cuda(0)?;
+    let mut buffer = DeviceBuffer::filled(runtime.stream()?, 64, 0)?;
+    let view = TensorView::from_buffer(&buffer, DType::F16, &[1, 1, 4, 8])?;
+    let mut out = TensorViewMut::from_buffer(&mut buffer, DType::F16, &[1, 1, 4, 8])?;
+    runtime.attention(&view, &view, &view).run(&mut out)
+}
