@@ -144,11 +144,27 @@ def sanitizer() -> str:
     return markdown(header, body) + source(document, path)
 
 
+def host(kind: str, header: list[str], fields: list[str]) -> Callable[[], str]:
+    """A table of `evidence/reliability.json`, which is about the host and needs no GPU."""
+
+    def table() -> str:
+        path = "reliability.json"
+        document = evidence(path)
+        if document is None:
+            return "Not measured yet."
+        body = [[f"{row[f]:,}" if isinstance(row[f], int) else row[f] for f in fields] for row in rows(document, kind)]
+        return markdown(header, body) + source(document, path)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,
     "sanitizer": sanitizer,
+    "fuzz": host("fuzz", ["target", "executions", "findings"], ["target", "executions", "findings"]),
+    "host-checkers": host("checker", ["tool", "what", "tests", "errors"], ["tool", "subject", "tests", "errors"]),
 }
 
 
