@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: validate test setup build kernels kernels-check wheel bench fuzz asan valgrind fmt clean
+.PHONY: validate test setup build kernels kernels-check wheel bench fuzz asan fmt clean
 
 validate: ## Correctness matrix and the nine small configurations, on the GPU if there is one, else on the CPU
 	cargo run --release --quiet -p flashcore-rs --features validate --bin flashcore-validate -- $(ARGS)
@@ -32,6 +32,14 @@ kernels-check: $(VENV)/ready ## Prove that every committed bundle is what the so
 
 bench: ## Criterion benchmarks
 	cargo bench -p flashcore-benches
+
+fuzz: ## Fuzz the three targets for a while; needs nightly Rust and cargo-fuzz
+	cd flashcore-rs && for target in bundle manifest launch; do \
+		cargo +nightly fuzz run $$target -- -max_total_time=300 -max_len=4096 || exit 1; done
+
+asan: ## The host tests under AddressSanitizer; needs nightly Rust
+	RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 cargo +nightly test --target x86_64-unknown-linux-gnu \
+		--target-dir target/asan -p flashcore-rs --no-default-features --lib --test mock
 
 fmt: $(VENV)/ready
 	cargo fmt
