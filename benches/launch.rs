@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use flashcore::Runtime;
-use flashcore::testing::{MockConfig, MockDriver, sample_bundle, with_driver};
+use flashcore::testing::{MockConfig, MockDriver, sample_bundle, with_bundle};
 use flashcore::validate::{Arm, Case};
 
 /// Calls before the queue is emptied, or the recording driver replaced.
@@ -36,8 +36,7 @@ fn enqueue(runtime: &Runtime, iterations: u64) -> Duration {
 /// A runtime on a driver that only takes notes; they are part of the time.
 fn mock() -> Runtime {
     let driver = Arc::new(MockDriver::new(MockConfig { computes: false, ..MockConfig::default() }));
-    let builder = Runtime::builder().bundle(sample_bundle());
-    with_driver(builder, &driver).build().unwrap_or_else(|error| panic!("{error}"))
+    with_bundle(Runtime::builder(), &driver, sample_bundle()).build().unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn launch(criterion: &mut Criterion) {

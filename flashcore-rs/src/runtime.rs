@@ -62,9 +62,19 @@ impl RuntimeBuilder {
         self
     }
 
-    /// Takes this bundle instead of an embedded one.
-    pub fn bundle(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.bundle = Some(bytes.into());
+    /// Takes this bundle, a file's bytes, instead of an embedded one. The bytes are checked like hostile input; the
+    /// machine code in them cannot be.
+    ///
+    /// # Safety
+    /// The code does what its manifest says, and touches no other memory: the bundle was built from `kernels/`, or is
+    /// trusted as much. Its hashes show that it is whole, not who made it.
+    #[expect(unsafe_code, reason = "machine code that only the caller can vouch for")]
+    pub unsafe fn bundle(self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.bundle_bytes(bytes.into())
+    }
+
+    pub(crate) fn bundle_bytes(mut self, bytes: Vec<u8>) -> Self {
+        self.bundle = Some(bytes);
         self
     }
 

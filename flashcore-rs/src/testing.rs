@@ -19,6 +19,11 @@ pub fn with_driver(builder: RuntimeBuilder, driver: &Arc<MockDriver>) -> Runtime
     builder.driver(driver.clone())
 }
 
+/// Takes this bundle, and a driver that never runs its code, instead of the installed one.
+pub fn with_bundle(builder: RuntimeBuilder, driver: &Arc<MockDriver>, bundle: Vec<u8>) -> RuntimeBuilder {
+    builder.bundle_bytes(bundle).driver(driver.clone())
+}
+
 /// Memory of another library on the mock, lent as `cudarc` lends its slices, and freed on its own stream alone.
 #[derive(Debug)]
 pub struct LentMemory {

@@ -193,7 +193,10 @@ impl Options {
                 builder = builder.arch(arch);
             }
             if let Some(bundle) = &bundle {
-                builder = builder.bundle(bundle.clone());
+                // SAFETY: whoever runs this program with `--bundle` vouches for the file, as for the program itself.
+                #[expect(unsafe_code, reason = "kernels that the user names")]
+                let named = unsafe { builder.bundle(bundle.clone()) };
+                builder = named;
             }
             builder.build()
         };

@@ -180,7 +180,7 @@ fn a_bundle_for_another_architecture_is_refused() {
     manifest["arch"] = json!("sm_80");
     let bundle = pack(manifest.to_string().as_bytes(), &code);
     let driver = std::sync::Arc::new(flashcore::testing::MockDriver::default());
-    let result = flashcore::testing::with_driver(Runtime::builder().bundle(bundle), &driver).build();
+    let result = flashcore::testing::with_bundle(Runtime::builder(), &driver, bundle).build();
     let error = BundleError::ForeignArch { bundle: "sm_80".into(), device: "Mock GPU (compute capability 9.0)".into() };
     assert_eq!(result.err(), Some(error.into()));
 }

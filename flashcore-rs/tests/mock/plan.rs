@@ -246,7 +246,7 @@ fn with_wrong_params(driver_version: u32, change: impl Fn(&mut Vec<serde_json::V
         change(variant["launches"][0]["params"].as_array_mut().expect("params"));
     }
     let bundle = testing::pack(manifest.to_string().as_bytes(), &code);
-    let runtime = testing::with_driver(Runtime::builder().bundle(bundle), &driver).build()?;
+    let runtime = testing::with_bundle(Runtime::builder(), &driver, bundle).build()?;
     let result = Call::new(DType::F16, [1, 1, 8, 16], [1, 1, 8, 16], 16).on_device(&runtime);
     if result.is_err() {
         assert_eq!(driver.launches(), [], "refused before anything ran");

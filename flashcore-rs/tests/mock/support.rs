@@ -35,7 +35,7 @@ pub fn runtime(driver: &Arc<MockDriver>, ordinal: u32) -> Result<Runtime> {
 /// A runtime on the mock with a bundle whose code the mock knows.
 pub fn with_bundle(driver: &Arc<MockDriver>, builder: RuntimeBuilder, bundle: Vec<u8>) -> Result<Runtime> {
     driver.learn(Bundle::parse(&bundle)?.manifest());
-    testing::with_driver(builder.bundle(bundle), driver).build()
+    testing::with_bundle(builder, driver, bundle).build()
 }
 
 /// The sample bundle with two launches per variant that share scratch memory.

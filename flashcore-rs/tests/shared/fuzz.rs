@@ -40,7 +40,7 @@ pub fn launch(data: &[u8]) {
     let driver = Arc::new(MockDriver::new(MockConfig { computes: false, ..MockConfig::default() }));
     driver.learn(&parsed);
     let bundle = testing::pack(manifest.as_bytes(), &code);
-    let runtime = testing::with_driver(Runtime::builder().bundle(bundle), &driver).build().expect("a sound bundle");
+    let runtime = testing::with_bundle(Runtime::builder(), &driver, bundle).build().expect("a sound bundle");
     let mut addresses = vec![0];
     let _ = made_up_call(&mut choices, &runtime, &mut addresses);
     for launch in driver.launches() {

@@ -1,0 +1,5 @@
+use flashcore::Runtime;
+
+fn main() {
+    let _ = Runtime::builder().bundle(Vec::new());
+}
