@@ -4,7 +4,7 @@ The tiling and the online softmax are FlashAttention-2's (Dao, arXiv 2307.08691)
 warpgroups through rings of tiles, Q K^T of the next key block issued before P V of this one, and the hand-over of the
 tensor cores between two warpgroups are FlashAttention-3's (Shah et al., arXiv 2407.08608).
 
-A CTA computes tiles of `2 * ROWS` query rows of one head: each of two consumer warpgroups owns `ROWS` of them, and both
+A CTA computes tiles of `CONSUMERS * ROWS` query rows of one head: each consumer warpgroup owns `ROWS` of them, and all
 read the same key and value blocks, from the last to the first. Control flow, addresses and predicates depend on shapes
 and on the band, never on tensor values.
 """
@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-CONSUMERS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a consumer
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -93,24 +92,84 @@ class Problem:
     band_lo: gl.tensor
     band_hi: gl.tensor
     BAND: gl.constexpr
+    CONSUMERS: gl.constexpr
     ROWS: gl.constexpr
     KEYS: gl.constexpr
 
     @gluon.jit
-    def tile(self, t):
-        """Tile `t`: its head (of all batches), first query row, first key of its last key block, number of blocks."""
-        head = t // self.tiles_query
-        m = t % self.tiles_query
+    def turns(self):
+        """How many tiles this CTA computes."""
+        ctas = gl.num_programs(0)
+        cta = gl.program_id(0)
         if self.BAND:
-            # Under a causal mask the last rows see the most keys: a head's longest tiles start first.
-            m = self.tiles_query - 1 - m
-        row = m * (CONSUMERS * self.ROWS)
+            pairs, rounds, _ = self.pairing()
+            tail = 2 * (pairs - rounds * ctas)
+            last = tail // ctas
+            place = gl.where((last & 1) != 0, ctas - 1 - cta, cta)
+            return 2 * rounds + last + (place < tail % ctas).to(gl.int32)
+        else:
+            return (self.num_tiles - cta + ctas - 1) // ctas
+
+    @gluon.jit
+    def pairing(self):
+        """Number of pairs of tiles, of rounds in which each CTA computes a whole pair, and of pairs in a head."""
+        per_head = (self.tiles_query + 1) // 2
+        pairs = self.num_tiles // self.tiles_query * per_head
+        return pairs, gl.maximum(pairs // gl.num_programs(0) - 1, 0), per_head
+
+    @gluon.jit
+    def place(self, turn):
+        """The head (of all batches) and the tile in it that this CTA computes in its turn `turn`.
+
+        Under a band a late tile has more keys than an early one, but the first and the last of a head together have as
+        many as any other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. What is
+        left for the last one to two rounds is dealt out one tile at a time, the longest first, and back and forth, so
+        that whoever got the longest of one round gets the shortest of the next (longest processing time first:
+        Graham, 1969). An odd number of tiles makes a pair with a tile that has no rows.
+        """
+        ctas = gl.num_programs(0)
+        cta = gl.program_id(0)
+        if self.BAND:
+            pairs, rounds, per_head = self.pairing()
+            pair = (turn // 2) * ctas + cta
+            head = pair // per_head
+            j = pair % per_head
+            long = (turn & 1) == 0
+            if turn >= 2 * rounds:
+                # The pairs from `first` on, as `rest` whole heads and, of the head before, those beyond `cut`. Longest
+                # first, all of their long tiles by j, then all of their short ones, backwards.
+                first = rounds * ctas
+                turn -= 2 * rounds
+                r = turn * ctas + gl.where((turn & 1) != 0, ctas - 1 - cta, cta)
+                long = r < pairs - first
+                r = gl.where(long, r, 2 * (pairs - first) - 1 - r)
+                cut = first % per_head
+                whole = (first + per_head - 1) // per_head
+                rest = pairs // per_head - whole
+                beyond = r - cut * rest
+                width = gl.where(beyond < 0, rest, rest + (cut > 0).to(gl.int32))
+                r = gl.where(beyond < 0, r, beyond)
+                j = r // gl.maximum(width, 1) + gl.where(beyond < 0, 0, cut)
+                head = r % gl.maximum(width, 1)
+                head = gl.where(head < rest, whole + head, whole - 1)
+            # A band's late tiles are the long ones.
+            return head, gl.where(long, 2 * per_head - 1 - j, j)
+        else:
+            t = turn * ctas + cta
+            return t // self.tiles_query, t % self.tiles_query
+
+    @gluon.jit
+    def tile(self, turn):
+        """This turn's tile: its head, first query row, first key of its last key block, number of key blocks."""
+        head, m = self.place(turn)
+        row = m * (self.CONSUMERS * self.ROWS)
         begin = gl.to_tensor(0)
         keys = self.seq_len_k
         if self.BAND:
-            last_row = gl.minimum(row + CONSUMERS * self.ROWS, self.seq_len_q) - 1
+            last_row = gl.minimum(row + self.CONSUMERS * self.ROWS, self.seq_len_q) - 1
             begin = gl.maximum(row + self.band_lo, 0) // self.KEYS
             keys = gl.maximum(gl.minimum(last_row + self.band_hi + 1, keys), 0)
+            keys = gl.where(row < self.seq_len_q, keys, 0)
         end = (keys + self.KEYS - 1) // self.KEYS
         # Rows that see no key visit one block beyond the last key, which TMA fills with zeros: every tile has a step.
         begin = gl.where(begin < end, begin, self.seq_len_k // self.KEYS + 1)
@@ -118,56 +177,50 @@ class Problem:
         return head, row, (end - 1) * self.KEYS, end - begin
 
     @gluon.jit
-    def mask(self, s, row, col, LAYOUT: gl.constexpr):
-        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see a key.
+    def edges(self, row, col, steps):
+        """Of a tile's `steps` blocks, back from the one at `col`, those that the rows from `row` on see whole: [a, b).
 
-        Only blocks that cross an edge of what the rows see pay for it; a whole warpgroup takes the same branch.
+        1 <= a <= b <= steps: the first block counts as seen in part.
         """
-        rows = gl.expand_dims(row + gl.arange(0, self.ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
-        cols = gl.expand_dims(col + gl.arange(0, self.KEYS, layout=gl.SliceLayout(0, LAYOUT)), 0)
         if self.BAND:
-            last_begin = row + self.ROWS - 1 + self.band_lo
             first_end = gl.minimum(row + self.band_hi + 1, self.seq_len_k)
-            if (col < last_begin) | (col + self.KEYS > first_end):
-                end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k)
-                s = gl.where((cols >= rows + self.band_lo) & (cols < end), s, float("-inf"))
+            last_begin = row + self.ROWS - 1 + self.band_lo
+            a = (gl.maximum(col + self.KEYS - first_end, 0) + self.KEYS - 1) // self.KEYS
+            b = (gl.maximum(col + self.KEYS - last_begin, 0)) // self.KEYS
+            a = gl.minimum(gl.maximum(a, 1), steps)
+            return a, gl.minimum(gl.maximum(b, a), steps)
         else:
-            if col + self.KEYS > self.seq_len_k:
-                s = gl.where(cols < self.seq_len_k, s, float("-inf"))
-        return s
+            return gl.to_tensor(1), steps
+
+    @gluon.jit
+    def mask(self, s, row, col, LAYOUT: gl.constexpr):
+        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see a key."""
+        rows = gl.expand_dims(row + gl.arange(0, self.ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+        cols = gl.expand_dims(gl.arange(0, self.KEYS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+        if self.BAND:
+            end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k) - col
+            return gl.where((cols >= rows + self.band_lo - col) & (cols < end), s, float("-inf"))
+        else:
+            return gl.where(cols < self.seq_len_k - col, s, float("-inf"))
 
 
 @gluon.jit
 def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
     """The producer warp: issue every load, in the order in which the consumers need them."""
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
-    tiles = gl.to_tensor(0)
-    for t in range(gl.program_id(0), p.num_tiles, gl.num_programs(0)):
-        head, row, col, steps = p.tile(t)
+    for turn in range(p.turns()):
+        head, row, col, steps = p.tile(turn)
         batch = head // p.num_heads_q
         head_q = head % p.num_heads_q
         head_kv = head_q // p.group
-        for wg in gl.static_range(CONSUMERS):
-            q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, tiles * CONSUMERS + wg)
+        for wg in gl.static_range(p.CONSUMERS):
+            q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, turn * p.CONSUMERS + wg)
         k_ring.fill(k_desc, batch, head_kv, col, blocks)
         for i in range(1, steps):
             k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
             v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
         v_ring.fill(v_desc, batch, head_kv, col - (steps - 1) * p.KEYS, blocks + steps - 1)
         blocks += steps
-        tiles += 1
-
-
-@gluon.jit
-def _softmax(s, m, scale_log2):
-    """One step of the online softmax on raw scores `s` (ROWS, KEYS) f32; `m` (ROWS,) is their scaled maximum so far.
-
-    Returns the exponentials, the new maximum, and the factor by which all that was summed under the old one shrinks.
-    The factor is 1 to the last bit while the maximum stays, so that nothing drifts over thousands of blocks.
-    """
-    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(m_new, 1))
-    return p, m_new, gl.exp2(m - m_new)
 
 
 @gluon.jit
@@ -219,6 +272,61 @@ def _scores(q, k, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _exponentials(s, m, scale_log2):
+    """2 ** (scale_log2 * s - m) for scores `s` (ROWS, KEYS) and scaled row maxima `m` (ROWS,), f32."""
+    return gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
+
+
+@gluon.jit
+def _step(
+    p,
+    k_ring,
+    v_ring,
+    q,
+    o,
+    l,
+    m,
+    prob,
+    n,
+    row,
+    col,
+    scale_log2,
+    MASK: gl.constexpr,
+    WG: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """Scores and exponentials of key block `n`, and the product of block n - 1's exponentials `prob` with its values.
+
+    One step of the online softmax: `m` is each row's scaled maximum, `l` (ROWS, 4) its partial sums, `o` its output so
+    far. The factor by which these shrink is 1 to the last bit while the maximum stays, so that nothing drifts over
+    thousands of blocks.
+    """
+    k_ring.wait(n)
+    if PING_PONG:
+        _take_turn(WG)
+    s = _scores(q, k_ring.tile(n), S_LAYOUT)
+    o = warpgroup_mma(prob, v_ring.tile(n - 1), o, is_async=True)
+    if PING_PONG:
+        _pass_turn(WG)
+    s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
+    k_ring.release(n)
+    if MASK:
+        s = p.mask(s, row, col, S_LAYOUT)
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o` up, before
+    # the maxima. By now that product is done, and its rescaling fills the gaps between the exponentials.
+    v_ring.wait(n)
+    o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
+    v_ring.release(n - 1)
+    alpha = gl.exp2(m - m_new)
+    e = _exponentials(s, m_new, scale_log2)
+    l = _scale_rows(l, alpha) + _lane_sums(e)
+    prob = gl.convert_layout(e.to(k_ring.tiles.dtype), prob.type.layout, assert_trivial=True)
+    return _scale_rows(o, alpha), l, m_new, prob
+
+
+@gluon.jit
 def _consume(
     p,
     out_desc,
@@ -238,16 +346,14 @@ def _consume(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
-    query = gl.to_tensor(WG)  # the fill of `q_ring` that is this tile's query
     if PING_PONG:
         if WG == 1:
             _pass_turn(WG)
-    for t in range(gl.program_id(0), p.num_tiles, gl.num_programs(0)):
-        head, row, col, steps = p.tile(t)
+    for turn in range(p.turns()):
+        head, row, col, steps = p.tile(turn)
         row += WG * p.ROWS
-        # The maximum starts finite and below all others: a row that sees nothing is no special case, its exponentials
-        # are 0.
-        m = gl.full([p.ROWS], -3.0e38, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        query = turn * p.CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
+        seen, left = p.edges(row, col, steps)
         o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
 
         q_ring.wait(query)
@@ -257,33 +363,35 @@ def _consume(
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         k_ring.release(blocks)
         s = p.mask(s, row, col, S_LAYOUT)
-        prob, m, _ = _softmax(s, m, scale_log2)
-        l = _lane_sums(prob)
-        prob = gl.convert_layout(prob.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
+        # The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials
+        # are 0.
+        m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
+        e = _exponentials(s, m, scale_log2)
+        l = _lane_sums(e)
+        prob = gl.convert_layout(e.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
         v_ring.wait(blocks)
-        for i in range(1, steps):
-            # The scores of block i and the product of block i - 1's P with its values are in flight together.
-            n = blocks + i
-            k_ring.wait(n)
-            if PING_PONG:
-                _take_turn(WG)
-            s = _scores(q, k_ring.tile(n), S_LAYOUT)
-            o = warpgroup_mma(prob, v_ring.tile(n - 1), o, is_async=True)
-            if PING_PONG:
-                _pass_turn(WG)
-            s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
-            k_ring.release(n)
-            if p.BAND:  # else only the first block, the last of the keys, can reach beyond them
-                s = p.mask(s, row, col - i * p.KEYS, S_LAYOUT)
-            prob, m, alpha = _softmax(s, m, scale_log2)
-            l = _scale_rows(l, alpha) + _lane_sums(prob)
-            prob = gl.convert_layout(prob.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
-            # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o`
-            # up, before the exponentials, and nothing overlaps.
-            v_ring.wait(n)
-            o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-            v_ring.release(n - 1)
-            o = _scale_rows(o, alpha)
+        if p.BAND:
+            # Blocks that are seen in part, at the right edge; those seen whole; and again in part, at the left edge.
+            begin = gl.to_tensor(1)
+            for edge in range(1 + (left < steps).to(gl.int32)):
+                end = gl.where(edge == 0, seen, steps)
+                for i in range(begin, end):
+                    n, at = blocks + i, col - i * p.KEYS
+                    o, l, m, prob = _step(
+                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, True, WG, PING_PONG, S_LAYOUT
+                    )
+                begin = gl.where(edge == 0, left, steps)
+                for i in range(end, begin):
+                    n, at = blocks + i, col - i * p.KEYS
+                    o, l, m, prob = _step(
+                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG, S_LAYOUT
+                    )
+        else:
+            for i in range(1, steps):
+                n, at = blocks + i, col - i * p.KEYS
+                o, l, m, prob = _step(
+                    p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG, S_LAYOUT
+                )
         if OWN_OUT:
             q_ring.release(query)
         blocks += steps
@@ -310,7 +418,6 @@ def _consume(
             tma.store_wait(0)
             gl.barrier()
             q_ring.release(query)
-        query += CONSUMERS
     if PING_PONG:
         if WG == 0:
             _take_turn(WG)  # the turn that nobody needs any more: arrivals and waits balance
@@ -334,6 +441,7 @@ def attention_forward_hopper(
     band_hi,
     scale_log2,
     BAND: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
@@ -343,9 +451,9 @@ def attention_forward_hopper(
     q, k, v, out: rank-4 descriptors over (batch, heads, seq, head_dim), f16 or bf16, with the true sizes; blocks
     (1, 1, ROWS, D) for q and out, (1, 1, KEYS, D) for k and v. Beyond the sizes TMA reads zeros and writes nothing.
     lse: (batch, num_heads_q, seq_len_q) f32, contiguous, or null.
-    tiles_query = ceil(seq_len_q / (2 * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles
+    tiles_query = ceil(seq_len_q / (CONSUMERS * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles
     CTAs, or fewer that take several tiles each. scale_log2 = scale * log2(e) > 0. |band| and lengths below 2^30.
-    STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
+    CONSUMERS is 2 or 3; PING_PONG needs 2. STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
     """
     gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")
     q_ring = _ring(q, CONSUMERS, 1)
@@ -366,15 +474,29 @@ def attention_forward_hopper(
         gl.to_tensor(band_lo),
         gl.to_tensor(band_hi),
         BAND,
+        CONSUMERS,
         q.block_type.shape[2],
         k.block_type.shape[2],
     )
-    gl.warp_specialize(
-        [
-            (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
-            (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
-            (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
-        ],
-        [WARPS, 1],
-        [240, 24],  # registers per thread; the first consumer gets what is left, 240
-    )
+    # Registers per thread; the first consumer gets what is left, as many as the others.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
+                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+            ],
+            [WARPS, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT)),
+                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+            ],
+            [WARPS, WARPS, 1],
+            [160, 160, 24],
+        )

@@ -324,16 +324,24 @@ def _portable(arch: str) -> list[Spec]:
 
 @dataclass(frozen=True)
 class HopperShape:
-    """Key block and stages of its ring; `own_out`: there is shared memory left for the output beside the query's."""
+    """One build. `own_out`: there is shared memory left for the output beside the query's.
+
+    A consumer warpgroup owns 64 query rows; two take turns at the tensor cores (`ping_pong`), three need not.
+    """
 
     key: int
     stages: int
     own_out: bool
+    consumers: int = 2
+
+    @property
+    def ping_pong(self) -> bool:
+        return self.consumers == 2
 
 
 # Of the 227 KB of shared memory: 129, 193 and 193 KB. No spills with 240 registers a thread.
 HOPPER_SHAPES = {64: HopperShape(128, 3, True), 128: HopperShape(128, 2, True), 256: HopperShape(64, 2, False)}
-CONSUMER_ROWS = 64  # two consumer warpgroups make a query tile
+CONSUMER_ROWS = 64
 
 
 def _descriptor(dtype: str, rows: int, head_dim: int) -> str:
@@ -346,7 +354,8 @@ def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape) ->
     sizes = ("num_tiles", "tiles_query", "num_heads_q", "group", "seq_len_q", "seq_len_k")
     bounds = ("band_lo", "band_hi")
     constexprs: dict[str, bool | int] = {} if band else dict.fromkeys(bounds, 0)
-    constexprs |= {"BAND": band, "STAGES": shape.stages, "PING_PONG": True, "OWN_OUT": shape.own_out}
+    constexprs |= {"BAND": band, "CONSUMERS": shape.consumers, "STAGES": shape.stages}
+    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out}
     values = {name: name for name in (*TENSORS, "lse", *sizes, *(bounds if band else ()), "scale_log2")}
     rows = {"q": CONSUMER_ROWS, "k": shape.key, "v": shape.key, "out": CONSUMER_ROWS}
     types = {tensor: _descriptor(dtype, rows[tensor], head_dim) for tensor in TENSORS}
@@ -357,8 +366,7 @@ def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape) ->
         signature=types | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         values=values,
-        # Dense tiles take equally long: CTAs that stay save their start. Under a band a fresh CTA balances better.
-        grid=Grid(x=("tiles_query", "num_heads_q", "batch"), max_ctas_per_sm=None if band else 1),
+        grid=Grid(x=("tiles_query", "num_heads_q", "batch"), max_ctas_per_sm=1),
         num_warps=4,  # of the first consumer; the other partitions bring their own
         num_stages=1,
     )
@@ -376,7 +384,7 @@ def hopper(dtype: str, head_dim: int, band: bool, shape: HopperShape | None = No
         when=When(dtype, (1, head_dim), (1, head_dim), band),
         # What cuTensorMapEncodeTiled asks for; the head_dim itself may be odd.
         requires=Requires(16, 16, 2, positive_scale=True),
-        tile=Tile(2 * CONSUMER_ROWS, shape.key, head_dim),
+        tile=Tile(shape.consumers * CONSUMER_ROWS, shape.key, head_dim),
         secret=("q", "k", "v"),
         launches=(_hopper_launch(dtype, head_dim, band, shape),),
     )
