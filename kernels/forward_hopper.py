@@ -76,6 +76,16 @@ def _ring(desc, stages: gl.constexpr, readers: gl.constexpr):
     return Ring(tiles, full, empty, stages)
 
 
+@gluon.jit
+def _axis(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
+    """0, 1, ... along one of four axes, of size 1 in the others."""
+    A: gl.constexpr = 0 if AXIS != 0 else 1
+    B: gl.constexpr = 1 if AXIS > 1 else 2
+    C: gl.constexpr = 2 if AXIS == 3 else 3
+    x = gl.arange(0, SIZE, layout=gl.SliceLayout(A, gl.SliceLayout(B, gl.SliceLayout(C, LAYOUT))))
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(x, A), B), C)
+
+
 @gluon.aggregate
 class Problem:
     """What every partition knows: the sizes, and which keys a query row sees.
@@ -193,15 +203,24 @@ class Problem:
             return gl.to_tensor(1), steps
 
     @gluon.jit
-    def mask(self, s, row, col, LAYOUT: gl.constexpr):
-        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see a key."""
-        rows = gl.expand_dims(row + gl.arange(0, self.ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
-        cols = gl.expand_dims(gl.arange(0, self.KEYS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    def mask(self, s, row, col):
+        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see a key.
+
+        As (ROWS, KEYS / 8, 4, 2) the second and last index are constants of a register and the third is one of a lane,
+        so that a comparison takes a single instruction, with an immediate operand.
+        """
+        x = s.reshape([self.ROWS, self.KEYS // 8, 4, 2])
+        L: gl.constexpr = x.type.layout
+        rows = _axis(self.ROWS, 0, L) + row
+        keys = _axis(self.KEYS // 8, 1, L) * 8 + _axis(2, 3, L)
+        lane = _axis(4, 2, L) * 2 + col
         if self.BAND:
-            end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k) - col
-            return gl.where((cols >= rows + self.band_lo - col) & (cols < end), s, float("-inf"))
+            x = gl.where(keys < gl.minimum(rows + self.band_hi + 1, self.seq_len_k) - lane, x, float("-inf"))
+            if col < row + self.ROWS - 1 + self.band_lo:
+                x = gl.where(keys >= rows + self.band_lo - lane, x, float("-inf"))
         else:
-            return gl.where(cols < self.seq_len_k - col, s, float("-inf"))
+            x = gl.where(keys < self.seq_len_k - lane, x, float("-inf"))
+        return gl.convert_layout(x.reshape([self.ROWS, self.KEYS]), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -242,6 +261,11 @@ def _scale_rows(x, factor):
 def _log2(x):
     # The library's logarithm branches on its argument.
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
 # Ping-pong: a warpgroup issues its matrix products while the other one computes exponentials. Named barrier 8 is the
@@ -312,7 +336,7 @@ def _step(
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     k_ring.release(n)
     if MASK:
-        s = p.mask(s, row, col, S_LAYOUT)
+        s = p.mask(s, row, col)
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o` up, before
     # the maxima. By now that product is done, and its rescaling fills the gaps between the exponentials.
@@ -324,6 +348,22 @@ def _step(
     l = _scale_rows(l, alpha) + _lane_sums(e)
     prob = gl.convert_layout(e.to(k_ring.tiles.dtype), prob.type.layout, assert_trivial=True)
     return _scale_rows(o, alpha), l, m_new, prob
+
+
+@gluon.jit
+def _finish(p, out_desc, lse, out, o, l, m, head, row):
+    """Store the rows from `row` on: the sums `o` (ROWS, head_dim) over their weights `l` (ROWS, 4), and their LSE."""
+    l = gl.convert_layout(gl.sum(l, 1), m.type.layout, assert_trivial=True)
+    if lse.to(gl.int64) != 0:
+        rows = row + gl.arange(0, p.ROWS, layout=m.type.layout)
+        value = (m + _log2(l)) * LN_2
+        gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
+    o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))
+    tma.store_wait(0)  # the store of the tile before has read `out`
+    gl.barrier()
+    out.reshape(o.shape).store(o.to(out.dtype))
+    fence_async_shared()
+    tma.async_store(out_desc, [head // p.num_heads_q, head % p.num_heads_q, row, 0], out)
 
 
 @gluon.jit
@@ -339,39 +379,67 @@ def _consume(
     WG: gl.constexpr,
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):
     """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
     D: gl.constexpr = out_desc.block_type.shape[3]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    if OWN_OUT:
+        out = out_tiles.index(WG)
+    else:
+        out = q_ring.tiles.index(WG)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
+    # The tile before: its sums, and where they belong.
+    o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
+    e = gl.zeros([p.ROWS, p.KEYS], gl.float32, S_LAYOUT)
+    l = _lane_sums(e)
+    m = gl.max(e, 1)
+    prob = gl.convert_layout(e.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
+    head = gl.to_tensor(0)
+    row = gl.to_tensor(0)
     if PING_PONG:
         if WG == 1:
             _pass_turn(WG)
+    next_head, next_row, next_col, next_steps = p.tile(gl.to_tensor(0))
     for turn in range(p.turns()):
-        head, row, col, steps = p.tile(turn)
-        row += WG * p.ROWS
+        col, steps = next_col, next_steps
+        next_row += WG * p.ROWS
         query = turn * p.CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
-        seen, left = p.edges(row, col, steps)
-        o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
-
         q_ring.wait(query)
         q = q_ring.tile(query)
+        # The first step: there is nothing to rescale, and the product that is still to come is the last of the tile
+        # before. Before the first tile it multiplies zeros with whatever is there, and nobody reads the result.
         k_ring.wait(blocks)
+        if PING_PONG:
+            _take_turn(WG)
         s = _scores(q, k_ring.tile(blocks), S_LAYOUT)
-        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+        if OVERLAP:
+            o = warpgroup_mma(prob, v_ring.tile(gl.maximum(blocks - 1, 0)), o, is_async=True)
+        if PING_PONG:
+            _pass_turn(WG)
+        s = warpgroup_mma_wait(num_outstanding=1 if OVERLAP else 0, deps=[s])
         k_ring.release(blocks)
-        s = p.mask(s, row, col, S_LAYOUT)
+        s = p.mask(s, next_row, col)
         # The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials
         # are 0.
-        m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
+        first_m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
+        v_ring.wait(blocks)
+        if OVERLAP:
+            o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
+            if turn > 0:
+                v_ring.release(blocks - 1)
+                _finish(p, out_desc, lse, out, o, l, m, head, row)
+        head, row, m = next_head, next_row, first_m
+        next_head, next_row, next_col, next_steps = p.tile(turn + 1)
+        o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
         e = _exponentials(s, m, scale_log2)
         l = _lane_sums(e)
         prob = gl.convert_layout(e.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
-        v_ring.wait(blocks)
         if p.BAND:
             # Blocks that are seen in part, at the right edge; those seen whole; and again in part, at the left edge.
+            seen, left = p.edges(row, col, steps)
             begin = gl.to_tensor(1)
             for edge in range(1 + (left < steps).to(gl.int32)):
                 end = gl.where(edge == 0, seen, steps)
@@ -392,32 +460,22 @@ def _consume(
                 o, l, m, prob = _step(
                     p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG, S_LAYOUT
                 )
+        blocks += steps
         if OWN_OUT:
             q_ring.release(query)
-        blocks += steps
-        o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
-        o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-        v_ring.release(blocks - 1)
-
-        l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
-        if lse.to(gl.int64) != 0:
-            rows = row + gl.arange(0, p.ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-            value = (m + _log2(l)) * LN_2
-            gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
-        o = _scale_rows(o, gl.where(l == 0.0, 0.0, 1.0 / l))
-        if OWN_OUT:
-            out = out_tiles.index(WG)
-            tma.store_wait(0)  # the store of the tile before has read `out`
-            gl.barrier()
-        else:
-            out = q_ring.tiles.index(WG)
-        out.reshape([p.ROWS, D]).store(o.to(out.dtype))
-        fence_async_shared()
-        tma.async_store(out_desc, [head // p.num_heads_q, head % p.num_heads_q, row, 0], out)
+        if not OVERLAP:
+            o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
+            o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
+            v_ring.release(blocks - 1)
+            _finish(p, out_desc, lse, out, o, l, m, head, row)
         if not OWN_OUT:
             tma.store_wait(0)
             gl.barrier()
             q_ring.release(query)
+    if OVERLAP:
+        o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
+        o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
+        _finish(p, out_desc, lse, out, o, l, m, head, row)
     if PING_PONG:
         if WG == 0:
             _take_turn(WG)  # the turn that nobody needs any more: arrivals and waits balance
@@ -445,6 +503,7 @@ def attention_forward_hopper(
     STAGES: gl.constexpr,
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):
     """out = softmax(scale * q k^T) v, and the natural logarithm of each row's sum of exponentials.
 
@@ -456,7 +515,7 @@ def attention_forward_hopper(
     CONSUMERS is 2 or 3; PING_PONG needs 2. STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
     """
     gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")
-    q_ring = _ring(q, CONSUMERS, 1)
+    q_ring = _ring(q, CONSUMERS * (2 if OWN_OUT else 1), 1)
     k_ring = _ring(k, STAGES, CONSUMERS)
     v_ring = _ring(v, STAGES, CONSUMERS)
     if OWN_OUT:
@@ -482,8 +541,8 @@ def attention_forward_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP)),
                 (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
             ],
             [WARPS, 1],
@@ -492,9 +551,9 @@ def attention_forward_hopper(
     else:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, OVERLAP)),
                 (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
             ],
             [WARPS, WARPS, 1],

@@ -355,7 +355,7 @@ def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape) ->
     bounds = ("band_lo", "band_hi")
     constexprs: dict[str, bool | int] = {} if band else dict.fromkeys(bounds, 0)
     constexprs |= {"BAND": band, "CONSUMERS": shape.consumers, "STAGES": shape.stages}
-    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out}
+    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out, "OVERLAP": shape.own_out}
     values = {name: name for name in (*TENSORS, "lse", *sizes, *(bounds if band else ()), "scale_log2")}
     rows = {"q": CONSUMER_ROWS, "k": shape.key, "v": shape.key, "out": CONSUMER_ROWS}
     types = {tensor: _descriptor(dtype, rows[tensor], head_dim) for tensor in TENSORS}
