@@ -46,7 +46,12 @@ class Ring:
 
     @gluon.jit
     def wait(self, n):
-        mbarrier.wait(self.full.index(n % self.stages), (n // self.stages) & 1)
+        # `mbarrier.wait` in a loop would synchronise the whole warpgroup first.
+        gl.inline_asm(
+            "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
+            "r,r",
+            [self.full.index(n % self.stages), (n // self.stages) & 1],
+        )
 
     @gluon.jit
     def tile(self, n):
@@ -201,6 +206,15 @@ class Problem:
             return a, gl.minimum(gl.maximum(b, a), steps)
         else:
             return gl.to_tensor(1), steps
+
+    @gluon.jit
+    def hidden(self, row, col, steps):
+        """Whether the rows from `row` on see nothing of a tile's first block, the one at `col`, but others do."""
+        if self.BAND:
+            end = gl.minimum(row + self.ROWS + self.band_hi, self.seq_len_k)
+            return (col >= end) & (steps > 1)
+        else:
+            return False
 
     @gluon.jit
     def mask(self, s, row, col):
@@ -407,6 +421,18 @@ def _consume(
         col, steps = next_col, next_steps
         next_row += WG * p.ROWS
         query = turn * p.CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
+        last = blocks - 1
+        if p.hidden(next_row, col, steps):
+            k_ring.wait(blocks)
+            k_ring.release(blocks)
+            v_ring.wait(blocks)
+            v_ring.release(blocks)
+            if PING_PONG:
+                _take_turn(WG)
+                _pass_turn(WG)
+            blocks += 1
+            col -= p.KEYS
+            steps -= 1
         q_ring.wait(query)
         q = q_ring.tile(query)
         # The first step: there is nothing to rescale, and the product that is still to come is the last of the tile
@@ -416,7 +442,7 @@ def _consume(
             _take_turn(WG)
         s = _scores(q, k_ring.tile(blocks), S_LAYOUT)
         if OVERLAP:
-            o = warpgroup_mma(prob, v_ring.tile(gl.maximum(blocks - 1, 0)), o, is_async=True)
+            o = warpgroup_mma(prob, v_ring.tile(gl.maximum(last, 0)), o, is_async=True)
         if PING_PONG:
             _pass_turn(WG)
         s = warpgroup_mma_wait(num_outstanding=1 if OVERLAP else 0, deps=[s])
@@ -429,7 +455,7 @@ def _consume(
         if OVERLAP:
             o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
             if turn > 0:
-                v_ring.release(blocks - 1)
+                v_ring.release(last)
                 _finish(p, out_desc, lse, out, o, l, m, head, row)
         head, row, m = next_head, next_row, first_m
         next_head, next_row, next_col, next_steps = p.tile(turn + 1)
