@@ -302,11 +302,40 @@ def _pass_turn(WG: gl.constexpr):
         gl.inline_asm("bar.arrive 8, 256;")
 
 
+@gluon.aggregate
+class Query:
+    """A query tile (ROWS, head_dim) in shared memory, and its first `HELD` columns in registers too.
+
+    WGMMA reads both operands from shared memory, and there is not bandwidth for all of it.
+    """
+
+    tile: gl.shared_memory_descriptor
+    held: gl.tensor
+    HELD: gl.constexpr
+    LAYOUT: gl.constexpr
+
+    @gluon.jit
+    def scores(self, k):
+        """Start S = Q K^T, in f32, for `k` (KEYS, head_dim) in shared memory."""
+        s = gl.zeros([self.tile.shape[0], k.shape[0]], gl.float32, self.LAYOUT)
+        D: gl.constexpr = self.tile.shape[1]
+        if self.HELD > 0:
+            s = warpgroup_mma(self.held, k.slice(0, self.HELD, 1).permute([1, 0]), s, use_acc=False, is_async=True)
+        if self.HELD < D:
+            rest = self.tile.slice(self.HELD, D - self.HELD, 1)
+            k = k.slice(self.HELD, D - self.HELD, 1).permute([1, 0])
+            s = warpgroup_mma(rest, k, s, use_acc=self.HELD > 0, is_async=True)
+        return s
+
+
 @gluon.jit
-def _scores(q, k, LAYOUT: gl.constexpr):
-    """Start S = Q K^T, in f32 from `q` (ROWS, head_dim) and `k` (KEYS, head_dim) in shared memory."""
-    zero = gl.zeros([q.shape[0], k.shape[0]], gl.float32, LAYOUT)
-    return warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
+def _query(tile, HELD: gl.constexpr, LAYOUT: gl.constexpr):
+    if HELD > 0:
+        operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
+        held = tile.slice(0, HELD, 1).load(operand)
+    else:
+        held = gl.to_tensor(0)
+    return Query(tile, held, HELD, LAYOUT)
 
 
 @gluon.jit
@@ -332,7 +361,6 @@ def _step(
     MASK: gl.constexpr,
     WG: gl.constexpr,
     PING_PONG: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
 ):
     """Scores and exponentials of key block `n`, and the product of block n - 1's exponentials `prob` with its values.
 
@@ -343,7 +371,8 @@ def _step(
     k_ring.wait(n)
     if PING_PONG:
         _take_turn(WG)
-    s = _scores(q, k_ring.tile(n), S_LAYOUT)
+    s = q.scores(k_ring.tile(n))
+    v_ring.wait(n - 1)
     o = warpgroup_mma(prob, v_ring.tile(n - 1), o, is_async=True)
     if PING_PONG:
         _pass_turn(WG)
@@ -352,9 +381,9 @@ def _step(
     if MASK:
         s = p.mask(s, row, col)
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-    # This wait belongs to the next step. Here it ends a basic block: without it ptxas moves the wait for `o` up, before
-    # the maxima. By now that product is done, and its rescaling fills the gaps between the exponentials.
-    v_ring.wait(n)
+    # This wait is long over. It ends a basic block: without it ptxas moves the wait for `o` up, before the maxima. By now
+    # that product is done, and its rescaling fills the gaps between the exponentials.
+    v_ring.wait(n - 1)
     o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
     v_ring.release(n - 1)
     alpha = gl.exp2(m - m_new)
@@ -394,6 +423,7 @@ def _consume(
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
     OVERLAP: gl.constexpr,
+    HELD: gl.constexpr,
 ):
     """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
     D: gl.constexpr = out_desc.block_type.shape[3]
@@ -434,14 +464,16 @@ def _consume(
             col -= p.KEYS
             steps -= 1
         q_ring.wait(query)
-        q = q_ring.tile(query)
+        q = _query(q_ring.tile(query), HELD, S_LAYOUT)
         # The first step: there is nothing to rescale, and the product that is still to come is the last of the tile
         # before. Before the first tile it multiplies zeros with whatever is there, and nobody reads the result.
         k_ring.wait(blocks)
         if PING_PONG:
             _take_turn(WG)
-        s = _scores(q, k_ring.tile(blocks), S_LAYOUT)
+        s = q.scores(k_ring.tile(blocks))
         if OVERLAP:
+            if turn > 0:
+                v_ring.wait(last)
             o = warpgroup_mma(prob, v_ring.tile(gl.maximum(last, 0)), o, is_async=True)
         if PING_PONG:
             _pass_turn(WG)
@@ -451,8 +483,9 @@ def _consume(
         # The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials
         # are 0.
         first_m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
-        v_ring.wait(blocks)
         if OVERLAP:
+            if turn > 0:
+                v_ring.wait(last)
             o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
             if turn > 0:
                 v_ring.release(last)
@@ -472,24 +505,25 @@ def _consume(
                 for i in range(begin, end):
                     n, at = blocks + i, col - i * p.KEYS
                     o, l, m, prob = _step(
-                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, True, WG, PING_PONG, S_LAYOUT
+                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, True, WG, PING_PONG
                     )
                 begin = gl.where(edge == 0, left, steps)
                 for i in range(end, begin):
                     n, at = blocks + i, col - i * p.KEYS
                     o, l, m, prob = _step(
-                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG, S_LAYOUT
+                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG
                     )
         else:
             for i in range(1, steps):
                 n, at = blocks + i, col - i * p.KEYS
                 o, l, m, prob = _step(
-                    p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG, S_LAYOUT
+                    p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG
                 )
         blocks += steps
         if OWN_OUT:
             q_ring.release(query)
         if not OVERLAP:
+            v_ring.wait(blocks - 1)
             o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
             o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
             v_ring.release(blocks - 1)
@@ -499,6 +533,7 @@ def _consume(
             gl.barrier()
             q_ring.release(query)
     if OVERLAP:
+        v_ring.wait(blocks - 1)
         o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
         o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
         _finish(p, out_desc, lse, out, o, l, m, head, row)
@@ -530,6 +565,7 @@ def attention_forward_hopper(
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
     OVERLAP: gl.constexpr,
+    HELD: gl.constexpr,
 ):
     """out = softmax(scale * q k^T) v, and the natural logarithm of each row's sum of exponentials.
 
@@ -567,8 +603,8 @@ def attention_forward_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP, HELD)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP, HELD)),
                 (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
             ],
             [WARPS, 1],
@@ -577,9 +613,9 @@ def attention_forward_hopper(
     else:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP, HELD)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP, HELD)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, OVERLAP, HELD)),
                 (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
             ],
             [WARPS, WARPS, 1],

@@ -333,6 +333,8 @@ class HopperShape:
     stages: int
     own_out: bool
     consumers: int = 2
+    overlap: bool = False
+    held: int = 0
 
     @property
     def ping_pong(self) -> bool:
@@ -340,7 +342,11 @@ class HopperShape:
 
 
 # Of the 227 KB of shared memory: 129, 193 and 193 KB. No spills with 240 registers a thread.
-HOPPER_SHAPES = {64: HopperShape(128, 3, True), 128: HopperShape(128, 2, True), 256: HopperShape(64, 2, False)}
+HOPPER_SHAPES = {
+    64: HopperShape(128, 3, True, overlap=True),
+    128: HopperShape(128, 2, True, held=64),
+    256: HopperShape(64, 2, False),
+}
 CONSUMER_ROWS = 64
 
 
@@ -355,7 +361,7 @@ def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape) ->
     bounds = ("band_lo", "band_hi")
     constexprs: dict[str, bool | int] = {} if band else dict.fromkeys(bounds, 0)
     constexprs |= {"BAND": band, "CONSUMERS": shape.consumers, "STAGES": shape.stages}
-    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out, "OVERLAP": shape.own_out}
+    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out, "OVERLAP": shape.overlap, "HELD": shape.held}
     values = {name: name for name in (*TENSORS, "lse", *sizes, *(bounds if band else ()), "scale_log2")}
     rows = {"q": CONSUMER_ROWS, "k": shape.key, "v": shape.key, "out": CONSUMER_ROWS}
     types = {tensor: _descriptor(dtype, rows[tensor], head_dim) for tensor in TENSORS}
