@@ -238,22 +238,34 @@ class Problem:
 
 
 @gluon.jit
-def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
+def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, OVERLAP: gl.constexpr):
     """The producer warp: issue every load, in the order in which the consumers need them."""
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
+    # The tile before, where its last values are still to be loaded.
+    batch = gl.to_tensor(0)
+    head_kv = gl.to_tensor(0)
+    end = gl.to_tensor(0)
     for turn in range(p.turns()):
         head, row, col, steps = p.tile(turn)
+        last_batch, last_head, last_row = batch, head_kv, end
         batch = head // p.num_heads_q
         head_q = head % p.num_heads_q
         head_kv = head_q // p.group
+        end = col - (steps - 1) * p.KEYS
         for wg in gl.static_range(p.CONSUMERS):
             q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, turn * p.CONSUMERS + wg)
         k_ring.fill(k_desc, batch, head_kv, col, blocks)
+        if OVERLAP:
+            if turn > 0:
+                v_ring.fill(v_desc, last_batch, last_head, last_row, blocks - 1)
         for i in range(1, steps):
             k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
             v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
-        v_ring.fill(v_desc, batch, head_kv, col - (steps - 1) * p.KEYS, blocks + steps - 1)
         blocks += steps
+        if not OVERLAP:
+            v_ring.fill(v_desc, batch, head_kv, end, blocks - 1)
+    if OVERLAP:
+        v_ring.fill(v_desc, batch, head_kv, end, blocks - 1)
 
 
 @gluon.jit
@@ -372,7 +384,8 @@ def _step(
     if PING_PONG:
         _take_turn(WG)
     s = q.scores(k_ring.tile(n))
-    v_ring.wait(n - 1)
+    if PING_PONG:
+        v_ring.wait(n - 1)
     o = warpgroup_mma(prob, v_ring.tile(n - 1), o, is_async=True)
     if PING_PONG:
         _pass_turn(WG)
@@ -383,7 +396,10 @@ def _step(
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     # This wait is long over. It ends a basic block: without it ptxas moves the wait for `o` up, before the maxima. By now
     # that product is done, and its rescaling fills the gaps between the exponentials.
-    v_ring.wait(n - 1)
+    if PING_PONG:
+        v_ring.wait(n - 1)
+    else:
+        v_ring.wait(n)
     o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
     v_ring.release(n - 1)
     alpha = gl.exp2(m - m_new)
@@ -483,6 +499,8 @@ def _consume(
         # The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials
         # are 0.
         first_m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
+        if not PING_PONG:
+            v_ring.wait(blocks)
         if OVERLAP:
             if turn > 0:
                 v_ring.wait(last)
@@ -605,7 +623,7 @@ def attention_forward_hopper(
             [
                 (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP, HELD)),
                 (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+                (_produce, (p, q, k, v, q_ring, k_ring, v_ring, OVERLAP)),
             ],
             [WARPS, 1],
             [240, 24],
@@ -616,7 +634,7 @@ def attention_forward_hopper(
                 (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP, HELD)),
                 (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP, HELD)),
                 (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+                (_produce, (p, q, k, v, q_ring, k_ring, v_ring, OVERLAP)),
             ],
             [WARPS, WARPS, 1],
             [160, 160, 24],
