@@ -92,6 +92,45 @@ def _axis(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.aggregate
+class Order:
+    """In which order the CTAs compute the tiles of a problem with a band.
+
+    There a late tile has more keys than an early one, but the first and the last of a head together have as many as any
+    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The rest, enough for one
+    to two rounds, is dealt out tile by tile, the longest first, and back and forth: who got the longest of one round
+    gets the shortest of the next (longest processing time first: Graham, 1969). An odd number of tiles makes a pair
+    with a tile that has no rows.
+    """
+
+    cta: gl.tensor
+    ctas: gl.tensor
+    per_head: gl.tensor  # pairs of a head
+    rounds: gl.tensor  # of pairs
+    pairs: gl.tensor  # of the rest: those of `heads` heads from `first_head` on, and, if `cut` > 0, of the head before
+    heads: gl.tensor  # those from its pair `cut` on
+    first_head: gl.tensor
+    cut: gl.tensor
+    heads_total: gl.tensor
+    full: gl.tensor  # rounds of single tiles in which every CTA takes part, and the number of tiles in one more
+    last: gl.tensor
+
+
+@gluon.jit
+def _order(num_tiles, tiles_query):
+    ctas = gl.num_programs(0)
+    per_head = (tiles_query + 1) // 2
+    heads = num_tiles // tiles_query
+    rounds = gl.maximum(heads * per_head // ctas - 1, 0)
+    pairs = heads * per_head - rounds * ctas
+    first_head = (rounds * ctas + per_head - 1) // per_head
+    cut = rounds * ctas - (first_head * per_head - per_head)
+    cut = gl.where(cut < per_head, cut, 0)
+    full = 2 * pairs // ctas
+    last = 2 * pairs - full * ctas
+    return Order(gl.program_id(0), ctas, per_head, rounds, pairs, heads - first_head, first_head, cut, heads, full, last)
+
+
+@gluon.aggregate
 class Problem:
     """What every partition knows: the sizes, and which keys a query row sees.
 
@@ -106,76 +145,61 @@ class Problem:
     seq_len_k: gl.tensor
     band_lo: gl.tensor
     band_hi: gl.tensor
+    splits: gl.tensor
+    order: Order
     BAND: gl.constexpr
+    SPLIT: gl.constexpr
     CONSUMERS: gl.constexpr
     ROWS: gl.constexpr
     KEYS: gl.constexpr
 
     @gluon.jit
-    def turns(self):
+    def tiles(self):
         """How many tiles this CTA computes."""
-        ctas = gl.num_programs(0)
-        cta = gl.program_id(0)
         if self.BAND:
-            pairs, rounds, _ = self.pairing()
-            tail = 2 * (pairs - rounds * ctas)
-            last = tail // ctas
-            place = gl.where((last & 1) != 0, ctas - 1 - cta, cta)
-            return 2 * rounds + last + (place < tail % ctas).to(gl.int32)
+            o = self.order
+            place = gl.where((o.full & 1) != 0, o.ctas - 1 - o.cta, o.cta)
+            return 2 * o.rounds + o.full + (place < o.last).to(gl.int32)
         else:
-            return (self.num_tiles - cta + ctas - 1) // ctas
-
-    @gluon.jit
-    def pairing(self):
-        """Number of pairs of tiles, of rounds in which each CTA computes a whole pair, and of pairs in a head."""
-        per_head = (self.tiles_query + 1) // 2
-        pairs = self.num_tiles // self.tiles_query * per_head
-        return pairs, gl.maximum(pairs // gl.num_programs(0) - 1, 0), per_head
+            return (self.num_tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
 
     @gluon.jit
     def place(self, turn):
-        """The head (of all batches) and the tile in it that this CTA computes in its turn `turn`.
-
-        Under a band a late tile has more keys than an early one, but the first and the last of a head together have as
-        many as any other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. What is
-        left for the last one to two rounds is dealt out one tile at a time, the longest first, and back and forth, so
-        that whoever got the longest of one round gets the shortest of the next (longest processing time first:
-        Graham, 1969). An odd number of tiles makes a pair with a tile that has no rows.
-        """
-        ctas = gl.num_programs(0)
-        cta = gl.program_id(0)
+        """The head (of all batches) and the tile in it that this CTA computes in its turn `turn`."""
         if self.BAND:
-            pairs, rounds, per_head = self.pairing()
-            pair = (turn // 2) * ctas + cta
-            head = pair // per_head
-            j = pair % per_head
+            o = self.order
+            # In a round: pair `x` of all heads' pairs, first its long tile, then its short one.
+            x = (turn // 2) * o.ctas + o.cta
             long = (turn & 1) == 0
-            if turn >= 2 * rounds:
-                # The pairs from `first` on, as `rest` whole heads and, of the head before, those beyond `cut`. Longest
-                # first, all of their long tiles by j, then all of their short ones, backwards.
-                first = rounds * ctas
-                turn -= 2 * rounds
-                r = turn * ctas + gl.where((turn & 1) != 0, ctas - 1 - cta, cta)
-                long = r < pairs - first
-                r = gl.where(long, r, 2 * (pairs - first) - 1 - r)
-                cut = first % per_head
-                whole = (first + per_head - 1) // per_head
-                rest = pairs // per_head - whole
-                beyond = r - cut * rest
-                width = gl.where(beyond < 0, rest, rest + (cut > 0).to(gl.int32))
-                r = gl.where(beyond < 0, r, beyond)
-                j = r // gl.maximum(width, 1) + gl.where(beyond < 0, 0, cut)
-                head = r % gl.maximum(width, 1)
-                head = gl.where(head < rest, whole + head, whole - 1)
+            # Afterwards: tile `x` of the rest in order, all long ones by the pair's place in its head, then all short
+            # ones, backwards. Places below `cut` have a pair in `heads` heads, the others one more.
+            again = turn - 2 * o.rounds
+            r = again * o.ctas + gl.where((again & 1) != 0, o.ctas - 1 - o.cta, o.cta)
+            in_rest = again >= 0
+            long = gl.where(in_rest, r < o.pairs, long)
+            r = gl.where(r < o.pairs, r, 2 * o.pairs - 1 - r)
+            above = r - o.cut * o.heads
+            width = gl.maximum(gl.where(above < 0, o.heads, o.heads + (o.cut > 0).to(gl.int32)), 1)
+            x = gl.where(in_rest, gl.where(above < 0, r, above), x)
+            divisor = gl.where(in_rest, width, o.per_head)
+            quotient = x // divisor
+            remainder = x - quotient * divisor
+            head = gl.where(remainder < o.heads, o.first_head + remainder, o.first_head - 1)
+            head = gl.where(in_rest, head, quotient)
+            pair = gl.where(in_rest, quotient + gl.where(above < 0, 0, o.cut), remainder)
             # A band's late tiles are the long ones.
-            return head, gl.where(long, 2 * per_head - 1 - j, j)
+            return head, gl.where(long, 2 * o.per_head - 1 - pair, pair)
         else:
-            t = turn * ctas + cta
-            return t // self.tiles_query, t % self.tiles_query
+            t = turn * gl.num_programs(0) + gl.program_id(0)
+            head = t // self.tiles_query
+            return head, t - head * self.tiles_query
 
     @gluon.jit
     def tile(self, turn):
-        """This turn's tile: its head, first query row, first key of its last key block, number of key blocks."""
+        """This turn's tile: its head, first query row, first key of its last key block, number of key blocks.
+
+        With `SPLIT` there are `splits` tiles in the place of one, head after head: each has a part of its key blocks.
+        """
         head, m = self.place(turn)
         row = m * (self.CONSUMERS * self.ROWS)
         begin = gl.to_tensor(0)
@@ -186,6 +210,10 @@ class Problem:
             keys = gl.maximum(gl.minimum(last_row + self.band_hi + 1, keys), 0)
             keys = gl.where(row < self.seq_len_q, keys, 0)
         end = (keys + self.KEYS - 1) // self.KEYS
+        if self.SPLIT:
+            part = (gl.maximum(end - begin, 0) + self.splits - 1) // self.splits
+            end -= head % self.splits * part
+            begin = gl.maximum(begin, end - part)
         # Rows that see no key visit one block beyond the last key, which TMA fills with zeros: every tile has a step.
         begin = gl.where(begin < end, begin, self.seq_len_k // self.KEYS + 1)
         end = gl.maximum(end, begin + 1)
@@ -245,9 +273,11 @@ def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, OVERLAP: gl.cons
     batch = gl.to_tensor(0)
     head_kv = gl.to_tensor(0)
     end = gl.to_tensor(0)
-    for turn in range(p.turns()):
+    for turn in range(p.tiles()):
         head, row, col, steps = p.tile(turn)
         last_batch, last_head, last_row = batch, head_kv, end
+        if p.SPLIT:
+            head = head // p.splits
         batch = head // p.num_heads_q
         head_q = head % p.num_heads_q
         head_kv = head_q // p.group
@@ -413,6 +443,28 @@ def _step(
 def _finish(p, out_desc, lse, out, o, l, m, head, row):
     """Store the rows from `row` on: the sums `o` (ROWS, head_dim) over their weights `l` (ROWS, 4), and their LSE."""
     l = gl.convert_layout(gl.sum(l, 1), m.type.layout, assert_trivial=True)
+    if p.SPLIT:
+        _finish_part(p, lse, o, l, m, head, row)
+    else:
+        _finish_tile(p, out_desc, lse, out, o, l, m, head, row)
+
+
+@gluon.jit
+def _finish_part(p, partial, o, l, m, head, row):
+    """As f32 into `partial`: the outputs (heads * splits, seq_len_q, head_dim) of the parts, then their base-2 LSE."""
+    D: gl.constexpr = o.shape[1]
+    first = head.to(gl.int64) * p.seq_len_q + row
+    rows = gl.arange(0, p.ROWS, layout=m.type.layout)
+    sums = partial + p.order.heads_total.to(gl.int64) * p.seq_len_q * D + first
+    gl.store(sums + rows, m + _log2(l), mask=row + rows < p.seq_len_q)
+    o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))
+    rows = gl.expand_dims(gl.arange(0, p.ROWS, layout=gl.SliceLayout(1, o.type.layout)), 1)
+    columns = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, o.type.layout)), 0)
+    gl.store(partial + first * D + (rows * D + columns), o, mask=row + rows < p.seq_len_q)
+
+
+@gluon.jit
+def _finish_tile(p, out_desc, lse, out, o, l, m, head, row):
     if lse.to(gl.int64) != 0:
         rows = row + gl.arange(0, p.ROWS, layout=m.type.layout)
         value = (m + _log2(l)) * LN_2
@@ -446,7 +498,7 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    if OWN_OUT:
+    if OWN_OUT and not p.SPLIT:
         out = out_tiles.index(WG)
     else:
         out = q_ring.tiles.index(WG)
@@ -463,7 +515,7 @@ def _consume(
         if WG == 1:
             _pass_turn(WG)
     next_head, next_row, next_col, next_steps = p.tile(gl.to_tensor(0))
-    for turn in range(p.turns()):
+    for turn in range(p.tiles()):
         col, steps = next_col, next_steps
         next_row += WG * p.ROWS
         query = turn * p.CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
@@ -576,8 +628,10 @@ def attention_forward_hopper(
     seq_len_k,
     band_lo,
     band_hi,
+    splits,
     scale_log2,
     BAND: gl.constexpr,
+    SPLIT: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     PING_PONG: gl.constexpr,
@@ -591,18 +645,21 @@ def attention_forward_hopper(
     (1, 1, ROWS, D) for q and out, (1, 1, KEYS, D) for k and v. Beyond the sizes TMA reads zeros and writes nothing.
     lse: (batch, num_heads_q, seq_len_q) f32, contiguous, or null.
     tiles_query = ceil(seq_len_q / (CONSUMERS * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles
-    CTAs, or fewer that take several tiles each. scale_log2 = scale * log2(e) > 0. |band| and lengths below 2^30.
+    CTAs, or fewer that take several tiles each. SPLIT: the keys of each tile are dealt to `splits` tiles, and `lse` is not
+    the log-sum-exp but the partial results (`_finish_part`) that `combine.attention_combine` puts together; `out` only
+    says the block. scale_log2 = scale * log2(e) > 0. |band| and lengths below 2^30.
     CONSUMERS is 2 or 3; PING_PONG needs 2. STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
     """
     gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")
     q_ring = _ring(q, CONSUMERS * (2 if OWN_OUT else 1), 1)
     k_ring = _ring(k, STAGES, CONSUMERS)
     v_ring = _ring(v, STAGES, CONSUMERS)
-    if OWN_OUT:
+    if OWN_OUT and not SPLIT:
         out_tiles = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
     else:
         out_tiles = q_ring.tiles
     fence_async_shared()
+    num_tiles *= splits
     p = Problem(
         num_tiles,
         tiles_query,
@@ -612,7 +669,10 @@ def attention_forward_hopper(
         seq_len_k,
         gl.to_tensor(band_lo),
         gl.to_tensor(band_hi),
+        gl.to_tensor(splits),
+        _order(num_tiles, tiles_query),
         BAND,
+        SPLIT,
         CONSUMERS,
         q.block_type.shape[2],
         k.block_type.shape[2],
