@@ -102,6 +102,7 @@ FORWARD = [
     (1, 8, 16384, 256),
 ]
 BOTH = (False, True)
+PEERS = ("cudnn", "fa2", "fa3", "fa4", "flex")
 SETS: dict[str, list[Case]] = {
     "forward": [square(*shape, causal) for shape in FORWARD for causal in BOTH],
     "heads": [square(1, heads, 2048, 128, causal) for heads in (32, 64, 96, 128) for causal in BOTH],
@@ -285,8 +286,7 @@ def implementations(args: argparse.Namespace) -> dict[str, Implementation]:
         name, _, file = bundle.partition("=")
         data = Path(file).read_bytes()
         makers[name] = lambda data=data: planned(flashcore.Runtime("cuda:0", bundle=data))
-    wanted = args.impls.split(",") if args.impls else ["flashcore", "cudnn", "fa2"]
-    wanted += ["fa3"] * (args.fa3 is not None and "fa3" not in wanted)
+    wanted = [name for name in args.impls.split(",") if name]
     wanted += [bundle.partition("=")[0] for bundle in args.bundle]
     return {name: makers[name]() for name in wanted}
 
@@ -349,13 +349,14 @@ def measure(case: Case, impls: dict[str, Implementation], rounds: int, shuffle: 
             arm.prepare(case, x, samples)
             arms[name] = arm
         except (Unsupported, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-            yield {"case": case.row(), "impl": name, "skipped": str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)}
+            yield {"case": case.row(), "impl": name, "skipped": (str(error).strip() or repr(error)).splitlines()[0]}
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize()
     for _ in range(rounds):
         for name in shuffle.sample(list(arms), len(arms)):
             arms[name].turn()
     peers = {name: arm for name, arm in arms.items() if name in PEERS}
+    best = min((statistics.median(arm.ms) for arm in peers.values()), default=math.nan)
     for name, arm in arms.items():
         ms = statistics.median(arm.ms)
         yield {
@@ -363,14 +364,12 @@ def measure(case: Case, impls: dict[str, Implementation], rounds: int, shuffle: 
             "impl": name,
             "ms": ms,
             "tflops": case.flops / ms / 1e9,
+            "ratio_to_best_peer": best / ms,
             "rounds": arm.ms,
             "launches": arm.launches,
             "error": arm.error,
             "ratio": {peer: paired(arms[peer].ms, arm.ms) for peer in peers if peer != name},
         }
-
-
-PEERS = ("cudnn", "fa2", "fa3", "fa4", "flex")
 
 
 def paired(theirs: list[float], ours: list[float]) -> dict[str, float]:
@@ -419,7 +418,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--sets", default="forward", help=f"of {', '.join(SETS)}")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--impls", help="of flashcore, cudnn, fa2, fa3, fa4, flex")
+    parser.add_argument("--impls", default="flashcore,cudnn,fa2", help="of flashcore, cudnn, fa2, fa3, fa4, flex")
     parser.add_argument("--bundle", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--fa3", type=Path)
     parser.add_argument("--rounds", type=int, default=9)

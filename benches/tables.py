@@ -158,7 +158,102 @@ def host(kind: str, header: list[str], fields: list[str]) -> Callable[[], str]:
     return table
 
 
+NCU = {
+    "SM Busy": "tensor pipe busy, %",
+    "Issue Slots Busy": "issue slots busy, %",
+    "L2 Cache Throughput": "L2 throughput, %",
+    "DRAM Throughput": "DRAM throughput, %",
+    "Achieved Occupancy": "occupancy, %",
+    "SM Frequency": "SM clock, Hz",
+    "Duration": "duration, ns",
+    "Executed Instructions": "instructions",
+}
+
+
+def ncu() -> str:
+    path = "h200/ncu-forward.json"
+    document = evidence(path)
+    if document is None:
+        return "Not measured yet."
+    measured = document["rows"]
+    header = ["", *(f"{row['impl']}, {row['case']}" for row in measured)]
+    body = [[label, *(row["metrics"].get(name, "-") for row in measured)] for name, label in NCU.items()]
+    mixes = list(dict.fromkeys(name for row in measured for name in row["instructions"]))
+    body += [[f"{name} per million", *(row["instructions"].get(name, "-") for row in measured)] for name in mixes]
+    body += [
+        [f"stall: {name}, %", *(row["stalls"].get(name, "-") for row in measured)] for name in measured[0]["stalls"]
+    ]
+    return markdown(header, body) + source(document, path)
+
+
+FORWARD = "h200/forward.json"
+PEERS = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "flex": "FlexAttention"}
+
+
+def forward(name: str, unit: str) -> Callable[[], str]:
+    """One set of cases of `evidence/h200/forward.json`: TFLOP/s, or microseconds, of everything that ran."""
+
+    def table() -> str:
+        document = evidence(FORWARD)
+        cases = _by_case([row for row in document["rows"] if row["set"] == name]) if document else {}
+        if document is None or not cases:
+            return "Not measured yet."
+        names = {"flashcore": "FlashCore", **PEERS, "portable": "portable Triton"}
+        shown = [impl for impl in names if any("ms" in rows.get(impl, {}) for rows in cases.values())]
+        header = [
+            "B, Hq/Hkv, Sq x Sk, D",
+            "mask",
+            *(names[impl] for impl in shown),
+            "of the best",
+            "of cuDNN (95 % low)",
+        ]
+        body = [_forward_row(rows, shown, unit) for rows in cases.values()]
+        return markdown(header, body) + _forward_summary(cases) + source(document, FORWARD)
+
+    return table
+
+
+def _by_case(found: Rows) -> dict[str, dict[str, dict[str, Any]]]:
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in found:
+        cases.setdefault(json.dumps(row["case"]), {})[row["impl"]] = row
+    return cases
+
+
+def _forward_row(rows: dict[str, dict[str, Any]], shown: list[str], unit: str) -> list[object]:
+    case, ours = next(iter(rows.values()))["case"], rows["flashcore"]
+
+    def figure(impl: str) -> str:
+        row = rows.get(impl, {})
+        if "ms" not in row:
+            return "-"
+        return f"{row['tflops']:.0f}" if unit == "tflops" else f"{row['ms'] * 1e3:.1f}"
+
+    low = ours["ratio"].get("cudnn")
+    heads = f"{case['Hq']}/{case['Hkv']}" if case["Hq"] != case["Hkv"] else case["Hq"]
+    seq = f"{case['Sq']}x{case['Sk']}" if case["Sq"] != case["Sk"] else case["Sq"]
+    return [
+        f"{case['B']}, {heads}, {seq}, {case['D']}",
+        f"{case['mask']} {case['dtype']}",
+        *map(figure, shown),
+        f"{ours['ratio_to_best_peer']:.2f}",
+        f"{low['mean']:.2f} ({low['low']:.2f})" if low else "-",
+    ]
+
+
+def _forward_summary(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
+    best = [rows["flashcore"]["ratio_to_best_peer"] for rows in cases.values()]
+    return f"\n\nGeometric mean against the best peer of each row: {geomean(best)}; the worst row: {min(best):.2f}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    **{
+        f"forward-{name}": forward(name, "tflops")
+        for name in ("forward", "heads", "gqa", "window", "ragged", "head_dims")
+    },
+    **{f"forward-{name}": forward(name, "us") for name in ("long", "small")},
+    "forward-f16": forward("forward-f16", "tflops"),
+    "forward-ncu": ncu,
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,

@@ -1,4 +1,4 @@
-"""`python -m kernels build|list|check`: make the bundles, show what is in them, prove that they are what they say."""
+"""`python -m kernels build|list|check|tune`: make the bundles, show and prove what is in them, choose what goes in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kernels import bundle, compile, specs
+from kernels import bundle, compile, specs, tune
 from kernels.bundle import Bundle
 from kernels.compile import Member
 from kernels.specs import Spec
@@ -245,6 +245,9 @@ def main() -> int:
             command.add_argument("--json", action="store_true")
         if name == "check":
             command.add_argument("--base", metavar="REVISION", help="also rebuild what differs from this git revision")
+    tuning = commands.add_parser("tune", help="find out which build answers which sizes")
+    tuning.set_defaults(arch=[tune.ARCH])
+    tune.add_arguments(tuning)
     args = parser.parse_args()
     args.arch = args.arch or list(specs.ARCHES)
     try:

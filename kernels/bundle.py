@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import zstandard
@@ -110,9 +111,26 @@ def _verify(bundle: Bundle) -> None:
                 raise BundleError(f"{variant['name']}: its code is not what the manifest says")
 
 
-# The manifest's schema. A type, a set of allowed values, a list of one kind of item, or an object with these fields.
+# The manifest's schema. A type, a set of allowed values, a predicate, a list of one kind of item, or an object with
+# these fields.
 _FACTOR = (str, int)
 _RANGE = [int]
+LIMITED = {"batch", "num_heads_q", "num_heads_kv", "group", "seq_len_q", "seq_len_k"}
+LIMITED |= {"head_dim_qk", "head_dim_v", "tiles_query", "num_tiles"}
+
+
+def _limits(value: Any) -> bool:
+    return isinstance(value, dict) and all(name in LIMITED and _ordered(pair) for name, pair in value.items())
+
+
+def _ordered(pair: Any) -> bool:
+    return isinstance(pair, list) and [type(n) for n in pair] == [int, int] and 0 <= pair[0] <= pair[1]
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 MANIFEST: dict[str, Any] = {
     "schema": {SCHEMA},
     "arch": str,
@@ -129,9 +147,11 @@ MANIFEST: dict[str, Any] = {
                 "head_dim_v": _RANGE,
                 "band": bool,
                 "attn_mask": {"none", "bool", "f16", "bf16", "f32"},
+                "limits": _limits,
             },
             "requires": {"base_align": int, "stride_align": int, "head_dim_align": int, "positive_scale": bool},
             "tile": {"query": int, "key": int, "head_dim": int},
+            "max_key_splits": _positive,
             "secret": [str],
             "workspace": [{"bytes": [_FACTOR]}],
             "launches": [
@@ -183,6 +203,9 @@ def _validate(value: Any, schema: Any, where: str) -> None:
         case set():
             if value not in schema:
                 raise BundleError(f"{where}: {value!r} is none of {', '.join(map(repr, sorted(schema)))}")
+        case FunctionType():
+            if not schema(value):
+                raise BundleError(f"{where}: {value!r} is not allowed")
         case _:
             if not isinstance(value, schema) or (isinstance(value, bool) and schema is not bool):
                 raise BundleError(f"{where}: {value!r} has the wrong type")

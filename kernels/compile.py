@@ -223,6 +223,7 @@ def variant_entry(spec: Spec, members: Iterable[Member]) -> dict[str, Any]:
         "when": _jsonable(spec.when),
         "requires": _jsonable(spec.requires),
         "tile": _jsonable(spec.tile),
+        "max_key_splits": spec.max_key_splits,
         "secret": list(spec.secret),
         "workspace": [{"bytes": list(factors)} for factors in spec.workspace],
         "launches": [member.entry for member in members],

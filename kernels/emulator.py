@@ -23,7 +23,7 @@ import re
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -604,6 +604,17 @@ class Tile:
     def permute(self, order: Sequence[int]) -> Tile:
         return Tile(self.buffer, self.data.transpose(order))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Tile:
+        if not 0 <= start < start + length <= self.shape[dim]:
+            raise KernelError(f"a slice of {length} from {start} of {self.shape[dim]}")
+        return Tile(self.buffer, np.moveaxis(np.moveaxis(self.data, dim, 0)[start : start + length], 0, dim))
+
+    def load(self, layout: Any) -> Tensor:
+        me = _here.partition
+        me.step(f"load of {self.buffer.name}")
+        self.buffer.access(me, self.rows(), "a load", generic=True)
+        return Tensor(self.data.copy())
+
     def store(self, value: Tensor) -> None:
         me = _here.partition
         me.step(f"store to {self.buffer.name}")
@@ -635,6 +646,7 @@ class Accumulator:
     """The result of a matrix product in flight: nothing may use it before the wait."""
 
     operation: Operation
+    shape: list[int]
     value: np.ndarray | None = None
 
 
@@ -647,8 +659,9 @@ def _elementwise(function: Callable[..., Any]) -> Callable[..., Tensor]:
 
 def _where(condition: Tensor, x: Any, y: Any) -> Tensor:
     a, b = _value(x), _value(y)
-    kind = next((v.dtype for v in (a, b) if isinstance(v, np.ndarray)), None)
-    return Tensor(np.where(condition.value, a, b).astype(kind))
+    # A Python number takes the type of the tensor it meets.
+    kinds = [v.dtype for v in (a, b) if isinstance(v, np.ndarray)] or [scalar(v).value.dtype for v in (a, b)]
+    return Tensor(np.where(condition.value, a, b).astype(np.result_type(*kinds)))
 
 
 def _allocate(dtype: DType, shape: Sequence[int], layout: Any) -> Shared:
@@ -756,7 +769,10 @@ def _mma(a: Any, b: Tile, acc: Any, *, use_acc: bool = True, is_async: bool = Fa
     me.step("issue a matrix product")
     if isinstance(acc, Accumulator) and acc not in me.results:
         raise KernelError("the accumulator of a product that is over")
-    result = Accumulator(Operation(me, f"WGMMA of {me.name}"))
+    shape = [a.shape[0], b.shape[1]]
+    if a.shape[1] != b.shape[0] or acc.shape != shape:
+        raise KernelError(f"a product of {a.shape} and {b.shape} for {acc.shape}")
+    result = Accumulator(Operation(me, f"WGMMA of {me.name}"), shape)
 
     def multiply() -> None:
         for operand in (a, b):
@@ -799,6 +815,8 @@ def _inline_asm(asm: str, constraints: str = "", args: Sequence[Any] = ()) -> No
         if match[1] == "sync":
             me.step(f"wait at {asm}", lambda: named.generation != generation)
             _join(me.clock, named.ended)
+    elif asm == "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }":
+        _barrier_wait(*args)
     elif "mbarrier.arrive.shared::cta.b64 _, [$0];" in asm:
         a_warp = 1 if "elect.sync" in asm else THREADS_PER_WARP
         me.step(f"arrive, {a_warp} a warp, at {args[0].name}")
@@ -813,6 +831,8 @@ def _inline_asm_elementwise(
 ) -> Tensor:
     if asm == "lg2.approx.ftz.f32 $0, $1;":
         return Tensor(np.log2(args[0].value))
+    if asm == "rcp.approx.ftz.f32 $0, $1;":
+        return Tensor(np.float32(1) / args[0].value)
     raise NotImplementedError(asm)
 
 
@@ -833,6 +853,11 @@ def _warp_specialize(
 def _static_assert(condition: bool, message: str = "") -> None:
     if not condition:
         raise KernelError(f"static_assert: {message}")
+
+
+def _range(*bounds: Any) -> Iterator[Tensor]:
+    """`range` in a kernel: what it yields is i32, whatever its bounds are."""
+    return map(scalar, range(*bounds))
 
 
 def _no_layout(*args: Any, **kwargs: Any) -> None:
@@ -919,17 +944,23 @@ def load(source: str, name: str = "kernel") -> dict[str, Any]:
 
     namespace: dict[str, Any] = {
         "__name__": name,
-        "__builtins__": {**vars(builtins), "__import__": emulated_import},
+        "__builtins__": {**vars(builtins), "__import__": emulated_import, "range": _range},
     }
-    exec(compile(source, name, "exec"), namespace)
+    exec(compile(source, name, "exec", dont_inherit=True), namespace)
     return namespace
+
+
+def enter(program: int, programs: int, warps: int = 4, seed: int = 0) -> Machine:
+    """From now on this thread is the one CTA `program` of `programs`: functions of a kernel can be called alone."""
+    machine = Machine(program, programs, warps, seed)
+    _here.partition = machine.main
+    return machine
 
 
 def launch(kernel: Callable[..., Any], grid: int, arguments: Sequence[Any], *, warps: int = 4, seed: int = 0) -> None:
     """Run `grid` CTAs one after the other. Raises `KernelError` for what they do wrong."""
     for program in range(grid):
-        machine = Machine(program, grid, warps, seed)
-        _here.partition = machine.main
+        machine = enter(program, grid, warps, seed)
         try:
             with np.errstate(all="ignore"):
                 kernel(*arguments)

@@ -96,38 +96,44 @@ class Order:
     """In which order the CTAs compute the tiles of a problem with a band.
 
     There a late tile has more keys than an early one, but the first and the last of a head together have as many as any
-    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The rest, enough for one
-    to two rounds, is dealt out tile by tile, the longest first, and back and forth: who got the longest of one round
-    gets the shortest of the next (longest processing time first: Graham, 1969). An odd number of tiles makes a pair
-    with a tile that has no rows.
+    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The rest, enough for
+    one to two rounds, is dealt out tile by tile, the longest first, and back and forth: who got the longest of one
+    round gets the shortest of the next (longest processing time first: Graham, 1969).
+
+    Heads with an odd number of tiles are taken two at a time, so that their tiles make pairs; where the number of heads
+    is odd too, the middle tile of each makes a pair with one that has no rows.
     """
 
     cta: gl.tensor
     ctas: gl.tensor
-    per_head: gl.tensor  # pairs of a head
+    fold: gl.tensor  # heads taken at a time, 1 or 2: a group
+    tiles: gl.tensor  # of a group
+    per_group: gl.tensor  # pairs of a group
     rounds: gl.tensor  # of pairs
-    pairs: gl.tensor  # of the rest: those of `heads` heads from `first_head` on, and, if `cut` > 0, of the head before
-    heads: gl.tensor  # those from its pair `cut` on
-    first_head: gl.tensor
+    pairs: gl.tensor  # of the rest: those of `groups` from `first_group` on, and, if `cut` > 0, of the group before
+    groups: gl.tensor  # those from its pair `cut` on
+    first_group: gl.tensor
     cut: gl.tensor
-    heads_total: gl.tensor
     full: gl.tensor  # rounds of single tiles in which every CTA takes part, and the number of tiles in one more
     last: gl.tensor
 
 
 @gluon.jit
-def _order(num_tiles, tiles_query):
+def _order(heads, tiles_query):
     ctas = gl.num_programs(0)
-    per_head = (tiles_query + 1) // 2
-    heads = num_tiles // tiles_query
-    rounds = gl.maximum(heads * per_head // ctas - 1, 0)
-    pairs = heads * per_head - rounds * ctas
-    first_head = (rounds * ctas + per_head - 1) // per_head
-    cut = rounds * ctas - (first_head * per_head - per_head)
-    cut = gl.where(cut < per_head, cut, 0)
+    fold = 1 + (tiles_query & 1 & ~heads)
+    groups = heads // fold
+    tiles = tiles_query * fold
+    per_group = (tiles + 1) // 2
+    rounds = gl.maximum(groups * per_group // ctas - 1, 0)
+    pairs = groups * per_group - rounds * ctas
+    first_group = (rounds * ctas + per_group - 1) // per_group
+    cut = rounds * ctas - (first_group * per_group - per_group)
+    groups -= first_group
     full = 2 * pairs // ctas
     last = 2 * pairs - full * ctas
-    return Order(gl.program_id(0), ctas, per_head, rounds, pairs, heads - first_head, first_head, cut, heads, full, last)
+    cta = gl.program_id(0)
+    return Order(cta, ctas, fold, tiles, per_group, rounds, pairs, groups, first_group, cut, full, last)
 
 
 @gluon.aggregate
@@ -146,6 +152,7 @@ class Problem:
     band_lo: gl.tensor
     band_hi: gl.tensor
     splits: gl.tensor
+    heads: gl.tensor  # of all batches, times splits
     order: Order
     BAND: gl.constexpr
     SPLIT: gl.constexpr
@@ -168,27 +175,29 @@ class Problem:
         """The head (of all batches) and the tile in it that this CTA computes in its turn `turn`."""
         if self.BAND:
             o = self.order
-            # In a round: pair `x` of all heads' pairs, first its long tile, then its short one.
+            # In a round: pair `x` of all groups' pairs, first its long tile, then its short one.
             x = (turn // 2) * o.ctas + o.cta
             long = (turn & 1) == 0
-            # Afterwards: tile `x` of the rest in order, all long ones by the pair's place in its head, then all short
-            # ones, backwards. Places below `cut` have a pair in `heads` heads, the others one more.
+            # Afterwards: tile `x` of the rest in order, all long ones by the pair's place in its group, then all short
+            # ones, backwards. Places below `cut` have a pair in `groups` groups, the others one more.
             again = turn - 2 * o.rounds
             r = again * o.ctas + gl.where((again & 1) != 0, o.ctas - 1 - o.cta, o.cta)
             in_rest = again >= 0
             long = gl.where(in_rest, r < o.pairs, long)
             r = gl.where(r < o.pairs, r, 2 * o.pairs - 1 - r)
-            above = r - o.cut * o.heads
-            width = gl.maximum(gl.where(above < 0, o.heads, o.heads + (o.cut > 0).to(gl.int32)), 1)
+            above = r - o.cut * o.groups
+            width = gl.maximum(gl.where(above < 0, o.groups, o.groups + (o.cut > 0).to(gl.int32)), 1)
             x = gl.where(in_rest, gl.where(above < 0, r, above), x)
-            divisor = gl.where(in_rest, width, o.per_head)
+            divisor = gl.where(in_rest, width, o.per_group)
             quotient = x // divisor
             remainder = x - quotient * divisor
-            head = gl.where(remainder < o.heads, o.first_head + remainder, o.first_head - 1)
-            head = gl.where(in_rest, head, quotient)
-            pair = gl.where(in_rest, quotient + gl.where(above < 0, 0, o.cut), remainder)
-            # A band's late tiles are the long ones.
-            return head, gl.where(long, 2 * o.per_head - 1 - pair, pair)
+            group = gl.where(remainder < o.groups, o.first_group + remainder, o.first_group - 1)
+            group = gl.where(in_rest, group, quotient)
+            short_tile = gl.where(in_rest, quotient + gl.where(above < 0, 0, o.cut), remainder)
+            # A band's late tiles are the long ones. In a group of two heads, tiles alternate between them.
+            long_tile = o.tiles - 1 - short_tile
+            tile = gl.where(long, long_tile, gl.where(short_tile == long_tile, o.tiles, short_tile))
+            return group * o.fold + (tile & (o.fold - 1)), tile // o.fold
         else:
             t = turn * gl.num_programs(0) + gl.program_id(0)
             head = t // self.tiles_query
@@ -229,7 +238,7 @@ class Problem:
             first_end = gl.minimum(row + self.band_hi + 1, self.seq_len_k)
             last_begin = row + self.ROWS - 1 + self.band_lo
             a = (gl.maximum(col + self.KEYS - first_end, 0) + self.KEYS - 1) // self.KEYS
-            b = (gl.maximum(col + self.KEYS - last_begin, 0)) // self.KEYS
+            b = gl.maximum(col + self.KEYS - last_begin, 0) // self.KEYS
             a = gl.minimum(gl.maximum(a, 1), steps)
             return a, gl.minimum(gl.maximum(b, a), steps)
         else:
@@ -237,8 +246,11 @@ class Problem:
 
     @gluon.jit
     def hidden(self, row, col, steps):
-        """Whether the rows from `row` on see nothing of a tile's first block, the one at `col`, but others do."""
-        if self.BAND:
+        """Whether the rows from `row` on see nothing of a tile's first block, the one at `col`, but others do.
+
+        Where a block has as many keys as a tile has rows this is too rare to ask for.
+        """
+        if self.BAND and self.CONSUMERS * self.ROWS > self.KEYS:
             end = gl.minimum(row + self.ROWS + self.band_hi, self.seq_len_k)
             return (col >= end) & (steps > 1)
         else:
@@ -266,36 +278,24 @@ class Problem:
 
 
 @gluon.jit
-def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, OVERLAP: gl.constexpr):
+def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
     """The producer warp: issue every load, in the order in which the consumers need them."""
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
-    # The tile before, where its last values are still to be loaded.
-    batch = gl.to_tensor(0)
-    head_kv = gl.to_tensor(0)
-    end = gl.to_tensor(0)
     for turn in range(p.tiles()):
         head, row, col, steps = p.tile(turn)
-        last_batch, last_head, last_row = batch, head_kv, end
         if p.SPLIT:
             head = head // p.splits
         batch = head // p.num_heads_q
         head_q = head % p.num_heads_q
         head_kv = head_q // p.group
-        end = col - (steps - 1) * p.KEYS
         for wg in gl.static_range(p.CONSUMERS):
             q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, turn * p.CONSUMERS + wg)
         k_ring.fill(k_desc, batch, head_kv, col, blocks)
-        if OVERLAP:
-            if turn > 0:
-                v_ring.fill(v_desc, last_batch, last_head, last_row, blocks - 1)
         for i in range(1, steps):
             k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
             v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
         blocks += steps
-        if not OVERLAP:
-            v_ring.fill(v_desc, batch, head_kv, end, blocks - 1)
-    if OVERLAP:
-        v_ring.fill(v_desc, batch, head_kv, end, blocks - 1)
+        v_ring.fill(v_desc, batch, head_kv, col - (steps - 1) * p.KEYS, blocks - 1)
 
 
 @gluon.jit
@@ -424,8 +424,9 @@ def _step(
     if MASK:
         s = p.mask(s, row, col)
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-    # This wait is long over. It ends a basic block: without it ptxas moves the wait for `o` up, before the maxima. By now
-    # that product is done, and its rescaling fills the gaps between the exponentials.
+    # A wait ends a basic block: without one ptxas moves the wait for `o` up, before the maxima. By now that product is
+    # done, and its rescaling fills the gaps between the exponentials. Warpgroups that take turns wait for the values in
+    # use, which are long there; the others for the next ones, which saves them the wait before the product.
     if PING_PONG:
         v_ring.wait(n - 1)
     else:
@@ -455,7 +456,7 @@ def _finish_part(p, partial, o, l, m, head, row):
     D: gl.constexpr = o.shape[1]
     first = head.to(gl.int64) * p.seq_len_q + row
     rows = gl.arange(0, p.ROWS, layout=m.type.layout)
-    sums = partial + p.order.heads_total.to(gl.int64) * p.seq_len_q * D + first
+    sums = partial + p.heads.to(gl.int64) * p.seq_len_q * D + first
     gl.store(sums + rows, m + _log2(l), mask=row + rows < p.seq_len_q)
     o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))
     rows = gl.expand_dims(gl.arange(0, p.ROWS, layout=gl.SliceLayout(1, o.type.layout)), 1)
@@ -490,7 +491,6 @@ def _consume(
     WG: gl.constexpr,
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
-    OVERLAP: gl.constexpr,
     HELD: gl.constexpr,
 ):
     """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
@@ -503,24 +503,14 @@ def _consume(
     else:
         out = q_ring.tiles.index(WG)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
-    # The tile before: its sums, and where they belong.
-    o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
-    e = gl.zeros([p.ROWS, p.KEYS], gl.float32, S_LAYOUT)
-    l = _lane_sums(e)
-    m = gl.max(e, 1)
-    prob = gl.convert_layout(e.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
-    head = gl.to_tensor(0)
-    row = gl.to_tensor(0)
     if PING_PONG:
         if WG == 1:
             _pass_turn(WG)
-    next_head, next_row, next_col, next_steps = p.tile(gl.to_tensor(0))
     for turn in range(p.tiles()):
-        col, steps = next_col, next_steps
-        next_row += WG * p.ROWS
+        head, row, col, steps = p.tile(turn)
+        row += WG * p.ROWS
         query = turn * p.CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
-        last = blocks - 1
-        if p.hidden(next_row, col, steps):
+        if p.hidden(row, col, steps):
             k_ring.wait(blocks)
             k_ring.release(blocks)
             v_ring.wait(blocks)
@@ -533,39 +523,20 @@ def _consume(
             steps -= 1
         q_ring.wait(query)
         q = _query(q_ring.tile(query), HELD, S_LAYOUT)
-        # The first step: there is nothing to rescale, and the product that is still to come is the last of the tile
-        # before. Before the first tile it multiplies zeros with whatever is there, and nobody reads the result.
         k_ring.wait(blocks)
-        if PING_PONG:
-            _take_turn(WG)
         s = q.scores(k_ring.tile(blocks))
-        if OVERLAP:
-            if turn > 0:
-                v_ring.wait(last)
-            o = warpgroup_mma(prob, v_ring.tile(gl.maximum(last, 0)), o, is_async=True)
-        if PING_PONG:
-            _pass_turn(WG)
-        s = warpgroup_mma_wait(num_outstanding=1 if OVERLAP else 0, deps=[s])
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         k_ring.release(blocks)
-        s = p.mask(s, next_row, col)
+        s = p.mask(s, row, col)
         # The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials
         # are 0.
-        first_m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
-        if not PING_PONG:
-            v_ring.wait(blocks)
-        if OVERLAP:
-            if turn > 0:
-                v_ring.wait(last)
-            o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-            if turn > 0:
-                v_ring.release(last)
-                _finish(p, out_desc, lse, out, o, l, m, head, row)
-        head, row, m = next_head, next_row, first_m
-        next_head, next_row, next_col, next_steps = p.tile(turn + 1)
+        m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
         o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
         e = _exponentials(s, m, scale_log2)
         l = _lane_sums(e)
         prob = gl.convert_layout(e.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
+        if not PING_PONG:
+            v_ring.wait(blocks)
         if p.BAND:
             # Blocks that are seen in part, at the right edge; those seen whole; and again in part, at the left edge.
             seen, left = p.edges(row, col, steps)
@@ -586,27 +557,19 @@ def _consume(
         else:
             for i in range(1, steps):
                 n, at = blocks + i, col - i * p.KEYS
-                o, l, m, prob = _step(
-                    p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG
-                )
+                o, l, m, prob = _step(p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG)
         blocks += steps
         if OWN_OUT:
             q_ring.release(query)
-        if not OVERLAP:
-            v_ring.wait(blocks - 1)
-            o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
-            o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-            v_ring.release(blocks - 1)
-            _finish(p, out_desc, lse, out, o, l, m, head, row)
+        v_ring.wait(blocks - 1)
+        o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
+        o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
+        v_ring.release(blocks - 1)
+        _finish(p, out_desc, lse, out, o, l, m, head, row)
         if not OWN_OUT:
             tma.store_wait(0)
             gl.barrier()
             q_ring.release(query)
-    if OVERLAP:
-        v_ring.wait(blocks - 1)
-        o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
-        o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
-        _finish(p, out_desc, lse, out, o, l, m, head, row)
     if PING_PONG:
         if WG == 0:
             _take_turn(WG)  # the turn that nobody needs any more: arrivals and waits balance
@@ -636,7 +599,6 @@ def attention_forward_hopper(
     STAGES: gl.constexpr,
     PING_PONG: gl.constexpr,
     OWN_OUT: gl.constexpr,
-    OVERLAP: gl.constexpr,
     HELD: gl.constexpr,
 ):
     """out = softmax(scale * q k^T) v, and the natural logarithm of each row's sum of exponentials.
@@ -644,12 +606,15 @@ def attention_forward_hopper(
     q, k, v, out: rank-4 descriptors over (batch, heads, seq, head_dim), f16 or bf16, with the true sizes; blocks
     (1, 1, ROWS, D) for q and out, (1, 1, KEYS, D) for k and v. Beyond the sizes TMA reads zeros and writes nothing.
     lse: (batch, num_heads_q, seq_len_q) f32, contiguous, or null.
-    tiles_query = ceil(seq_len_q / (CONSUMERS * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid is num_tiles
-    CTAs, or fewer that take several tiles each. SPLIT: the keys of each tile are dealt to `splits` tiles, and `lse` is not
-    the log-sum-exp but the partial results (`_finish_part`) that `combine.attention_combine` puts together; `out` only
-    says the block. scale_log2 = scale * log2(e) > 0. |band| and lengths below 2^30.
-    CONSUMERS is 2 or 3; PING_PONG needs 2. STAGES >= 2. OWN_OUT: the output has its own shared memory, else it takes the place of Q.
+    tiles_query = ceil(seq_len_q / (CONSUMERS * ROWS)); num_tiles = tiles_query * num_heads_q * batch; the grid has
+    num_tiles * splits CTAs, or fewer that take several tiles each. scale_log2 = scale * log2(e) > 0. |band| and lengths
+    below 2^30.
+    SPLIT: the keys of each tile are dealt to `splits` tiles, and `lse` is not the log-sum-exp but the partial results
+    (`_finish_part`) that `combine.attention_combine` puts together; `out` only says its block. Else splits is 1.
+    CONSUMERS is 2 or 3; PING_PONG needs 2. STAGES >= 2. OWN_OUT: the output has shared memory of its own, and two
+    queries fit; else it takes the place of the query. HELD: columns of the query in registers, a power of two or 0.
     """
+    gl.static_assert(CONSUMERS == 2 or not PING_PONG, "two warpgroups take turns")
     gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")
     q_ring = _ring(q, CONSUMERS * (2 if OWN_OUT else 1), 1)
     k_ring = _ring(k, STAGES, CONSUMERS)
@@ -660,6 +625,7 @@ def attention_forward_hopper(
         out_tiles = q_ring.tiles
     fence_async_shared()
     num_tiles *= splits
+    heads = num_tiles // tiles_query
     p = Problem(
         num_tiles,
         tiles_query,
@@ -670,7 +636,8 @@ def attention_forward_hopper(
         gl.to_tensor(band_lo),
         gl.to_tensor(band_hi),
         gl.to_tensor(splits),
-        _order(num_tiles, tiles_query),
+        heads,
+        _order(heads, tiles_query),
         BAND,
         SPLIT,
         CONSUMERS,
@@ -681,9 +648,9 @@ def attention_forward_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_produce, (p, q, k, v, q_ring, k_ring, v_ring, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, HELD)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, HELD)),
+                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
             ],
             [WARPS, 1],
             [240, 24],
@@ -691,10 +658,10 @@ def attention_forward_hopper(
     else:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, OVERLAP, HELD)),
-                (_produce, (p, q, k, v, q_ring, k_ring, v_ring, OVERLAP)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, HELD)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, HELD)),
+                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, HELD)),
+                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
             ],
             [WARPS, WARPS, 1],
             [160, 160, 24],

@@ -6,8 +6,10 @@ manifest entry; `docs/bundle.md` says what the manifest fields mean.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 Factor = str | int
@@ -15,13 +17,17 @@ Factor = str | int
 
 @dataclass(frozen=True)
 class When:
-    """The requests a variant answers. Ranges are inclusive and of the true head_dim."""
+    """The requests a variant answers. Ranges are inclusive; those of head_dim are of the true one.
+
+    `limits` are ranges of quantities outside of which another variant was measured to be faster.
+    """
 
     dtype: str
     head_dim_qk: tuple[int, int]
     head_dim_v: tuple[int, int]
     band: bool
     attn_mask: str = "none"
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Spec:
     secret: tuple[str, ...]
     launches: tuple[Launch, ...]
     workspace: tuple[tuple[Factor, ...], ...] = ()
+    max_key_splits: int = 1
 
 
 # --- attention_forward, portable ---
@@ -333,17 +340,27 @@ class HopperShape:
     stages: int
     own_out: bool
     consumers: int = 2
-    overlap: bool = False
     held: int = 0
 
     @property
     def ping_pong(self) -> bool:
         return self.consumers == 2
 
+    @property
+    def rows(self) -> int:
+        return self.consumers * CONSUMER_ROWS
+
+    @property
+    def slug(self) -> str:
+        """Whatever is not as usual, in a word."""
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        unusual = [(name, value) for name, value, usual in values if value not in (False, usual)]
+        return "-".join(name if value is True else f"{name}{value}" for name, value in unusual)
+
 
 # Of the 227 KB of shared memory: 129, 193 and 193 KB. No spills with 240 registers a thread.
 HOPPER_SHAPES = {
-    64: HopperShape(128, 3, True, overlap=True),
+    64: HopperShape(128, 3, True, held=64),
     128: HopperShape(128, 2, True, held=64),
     256: HopperShape(64, 2, False),
 }
@@ -356,51 +373,146 @@ def _descriptor(dtype: str, rows: int, head_dim: int) -> str:
     return f"tensordesc<{ELEMENT[dtype]}[1, 1, {rows}, {head_dim}],NVMMASharedLayout({layout})>"
 
 
-def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape) -> Launch:
+def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape, split: bool = False) -> Launch:
     sizes = ("num_tiles", "tiles_query", "num_heads_q", "group", "seq_len_q", "seq_len_k")
     bounds = ("band_lo", "band_hi")
     constexprs: dict[str, bool | int] = {} if band else dict.fromkeys(bounds, 0)
-    constexprs |= {"BAND": band, "CONSUMERS": shape.consumers, "STAGES": shape.stages}
-    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out, "OVERLAP": shape.overlap, "HELD": shape.held}
+    constexprs |= {} if split else {"splits": 1}
+    constexprs |= {"BAND": band, "SPLIT": split, "CONSUMERS": shape.consumers, "STAGES": shape.stages}
+    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out, "HELD": shape.held}
     values = {name: name for name in (*TENSORS, "lse", *sizes, *(bounds if band else ()), "scale_log2")}
+    values |= {"lse": "workspace.0", "splits": "key_splits"} if split else {}
     rows = {"q": CONSUMER_ROWS, "k": shape.key, "v": shape.key, "out": CONSUMER_ROWS}
     types = {tensor: _descriptor(dtype, rows[tensor], head_dim) for tensor in TENSORS}
-    types |= {"lse": "*fp32"} | dict.fromkeys((*sizes, *bounds), "i32") | {"scale_log2": "fp32"}
+    types |= {"lse": "*fp32"} | dict.fromkeys((*sizes, *bounds, "splits"), "i32") | {"scale_log2": "fp32"}
     return Launch(
         kernel="attention_forward_hopper",
         sources=("kernels.forward_hopper",),
         signature=types | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         values=values,
-        grid=Grid(x=("tiles_query", "num_heads_q", "batch"), max_ctas_per_sm=1),
+        grid=Grid(x=("num_tiles", *(("key_splits",) if split else ())), max_ctas_per_sm=1),
         num_warps=4,  # of the first consumer; the other partitions bring their own
         num_stages=1,
     )
 
 
-def hopper(dtype: str, head_dim: int, band: bool, shape: HopperShape | None = None) -> Spec:
-    """The sm_90a forward for head_dims up to `head_dim`; `shape` overrides the table, for tuning."""
+COMBINE_ROWS = 16
+
+
+def _combine_launch(dtype: str, head_dim: int, tile: int) -> Launch:
+    """Puts the parts together that a launch with split keys wrote into workspace 0."""
+    strides = {f"out_stride_{axis}": f"out.stride.{axis}" for axis in ("batch", "head", "seq")}
+    sizes = ("num_tiles", "tiles_query", "num_heads_q", "seq_len_q", "head_dim_v")
+    constexprs = {"TILE": tile, "ROWS": COMBINE_ROWS, "BLOCK_D": head_dim}
+    pointers = {"partial": "*fp32", "out": f"*{ELEMENT[dtype]}", "lse": "*fp32"}
+    values = {"partial": "workspace.0", "out": "out", "lse": "lse", **strides}
+    values |= {name: name for name in sizes} | {"splits": "key_splits"}
+    return Launch(
+        kernel="attention_combine",
+        sources=("kernels.combine",),
+        signature=pointers
+        | dict.fromkeys(strides, "i64")
+        | dict.fromkeys((*sizes, "splits"), "i32")
+        | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        values=values,
+        divisibility={"partial": 16, "out": 16} | dict.fromkeys(strides, 8),
+        grid=Grid(x=("num_tiles", tile // COMBINE_ROWS)),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+SMS = 132  # of an H100 SXM or H200
+MAX_SIZE = 1 << 30
+MAX_KEY_SPLITS = 8
+SPLIT_HEAD_DIMS = (64, 128)  # at 256 it spills
+
+
+def hopper_split(dtype: str, head_dim: int, band: bool) -> Spec:
+    """For few and long rows: the keys of a tile go to several CTAs, and a second launch puts the parts together."""
+    whole = hopper(dtype, head_dim, band, HOPPER_SHAPES[head_dim])
+    shape = HOPPER_SHAPES[head_dim]
+    # Whole tiles leave SMs idle: under a band the short ones are done long before the long ones. Writing and reading
+    # the parts costs about as much as 16 blocks of keys.
+    limits = {"num_tiles": (1, SMS - 1 if band else SMS // 2), "seq_len_k": (4096, MAX_SIZE)}
+    return replace(
+        whole,
+        name=f"attention_forward.hopper.{dtype}.d{head_dim}.{'band' if band else 'dense'}.split",
+        priority=whole.priority + 4,
+        when=replace(whole.when, limits=limits),
+        launches=(
+            _hopper_launch(dtype, head_dim, band, shape, split=True),
+            _combine_launch(dtype, head_dim, whole.tile.query),
+        ),
+        # Per row of a part: its output and its log-sum-exp, f32.
+        workspace=(("num_heads_q", "batch", "key_splits", "seq_len_q", 4 * (head_dim + 1)),),
+        max_key_splits=MAX_KEY_SPLITS,
+    )
+
+
+def hopper(
+    dtype: str,
+    head_dim: int,
+    band: bool,
+    shape: HopperShape | None = None,
+    limits: Mapping[str, tuple[int, int]] | None = None,
+    suffix: str = "",
+    rank: int = 0,
+) -> Spec:
+    """The sm_90a forward for head_dims up to `head_dim`; `shape` overrides the table, for tuning.
+
+    Of builds that differ in their shape alone the one of the highest `rank`, up to 3, is preferred within its limits.
+    """
     shape = shape or HOPPER_SHAPES[head_dim]
     return Spec(
-        name=f"attention_forward.hopper.{dtype}.d{head_dim}.{'band' if band else 'dense'}",
+        name=f"attention_forward.hopper.{dtype}.d{head_dim}.{'band' if band else 'dense'}{suffix}",
         arch="sm_90a",
         op="attention_forward",
         family="hopper",
-        priority=PRIORITY["hopper"] + 10 * (len(TILES) - TILES.index(head_dim)) + (not band),
-        when=When(dtype, (1, head_dim), (1, head_dim), band),
+        priority=PRIORITY["hopper"] + 10 * (len(TILES) - TILES.index(head_dim)) + 5 * (not band) + rank,
+        when=When(dtype, (1, head_dim), (1, head_dim), band, limits=limits or {}),
         # What cuTensorMapEncodeTiled asks for; the head_dim itself may be odd.
         requires=Requires(16, 16, 2, positive_scale=True),
-        tile=Tile(shape.consumers * CONSUMER_ROWS, shape.key, head_dim),
+        tile=Tile(shape.rows, shape.key, head_dim),
         secret=("q", "k", "v"),
         launches=(_hopper_launch(dtype, head_dim, band, shape),),
     )
+
+
+TUNING = Path(__file__).parent / "tuning" / "sm_90a.json"
+Limits = Mapping[str, tuple[int, int]]
+
+
+def _hopper_builds(head_dim: int, band: bool) -> list[tuple[HopperShape, Limits, str, int]]:
+    """Shapes with their limits, name suffixes and ranks: those that measured best (`tune.py`), else the table's.
+
+    The first has no limits: it answers what no other does. A later one, with a coarser tile, is for lengths from those
+    on at which it was measured best, while there are enough tiles that the last round of them does not weigh.
+    """
+    rules = json.loads(TUNING.read_text())["rules"] if TUNING.exists() else []
+    rules = [rule for rule in rules if (rule["head_dim"], rule["band"]) == (head_dim, band)]
+    shapes = [HopperShape(**rule["shape"]) for rule in rules] or [HOPPER_SHAPES[head_dim]]
+    limits: list[Limits] = [{}]
+    for rule in rules[1:]:
+        limits.append({"seq_len_q": (rule["limits"]["seq_len_q"][0], MAX_SIZE), "num_tiles": (5 * SMS // 2, MAX_SIZE)})
+    return list(zip(shapes, limits, _suffixes(shapes), range(len(shapes)), strict=True))
+
+
+def _suffixes(shapes: list[HopperShape]) -> list[str]:
+    """What tells the builds apart: nothing if there is one, else their query rows, else all that they are."""
+    forms = ([""] * len(shapes), [f".q{shape.rows}" for shape in shapes], [f".{shape.slug}" for shape in shapes])
+    return next(suffixes for suffixes in forms if len(set(suffixes)) == len(shapes))
 
 
 def _hopper(arch: str) -> list[Spec]:
     """The Gluon kernel, where there are TMA, WGMMA and the register reallocation it needs."""
     if arch != "sm_90a":
         return []
-    return [hopper(dtype, head_dim, band) for head_dim in HOPPER_SHAPES for band in (False, True) for dtype in ELEMENT]
+    kinds = [(head_dim, band, dtype) for head_dim in HOPPER_SHAPES for band in (False, True) for dtype in ELEMENT]
+    whole = [hopper(dtype, d, band, *build) for d, band, dtype in kinds for build in _hopper_builds(d, band)]
+    return whole + [hopper_split(dtype, d, band) for d, band, dtype in kinds if d in SPLIT_HEAD_DIMS]
 
 
 # --- the whole matrix ---

@@ -265,6 +265,7 @@ impl Runtime {
                 request: problem.to_string(),
                 arch: "cpu".into(),
                 chosen: Some("attention_forward.cpu".into()),
+                rule: None,
                 rejected: Vec::new(),
             },
         })

@@ -170,12 +170,14 @@ fn variant(
         "priority": priority,
         "when": {
             "dtype": dtype, "head_dim_qk": [1, 256], "head_dim_v": [1, 256], "band": band, "attn_mask": mask,
+            "limits": {},
         },
         "requires": {
             "base_align": align, "stride_align": align, "head_dim_align": if hopper { 2 } else { align },
             "positive_scale": hopper,
         },
         "tile": {"query": 64, "key": 32, "head_dim": 256},
+        "max_key_splits": 1,
         "secret": ["q", "k", "v"],
         "workspace": [],
         "launches": [{

@@ -78,7 +78,7 @@ FAULTS = (
         (
             (
                 LSE_STORE,
-                f"old = {LSE_LOAD}\n            {LSE_STORE.replace('value', 'gl.where(old == 0.5, old, value)')}",
+                f"old = {LSE_LOAD}; {LSE_STORE.replace('value', 'gl.where(old == 0.5, old, value)')}",
             ),
         ),
     ),

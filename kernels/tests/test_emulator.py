@@ -81,6 +81,30 @@ def test_a_correct_kernel_passes_under_every_schedule(seed: int) -> None:
     np.testing.assert_array_equal(out, x @ x.T)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_slices_and_registers_multiply_like_the_whole(seed: int) -> None:
+    parts = """
+    y = x.slice(0, 5, 1)
+    acc = warpgroup_mma(y.load(None), y.permute([1, 0]), acc, use_acc=False, is_async=True)
+    acc = warpgroup_mma(x.slice(5, 11, 1), x.permute([1, 0]).slice(5, 11), acc, is_async=True)
+"""
+    x, out = run(edited("    acc = warpgroup_mma(x, x.permute([1, 0]), acc, is_async=True)\n", parts), seed)
+    np.testing.assert_array_equal(out, x @ x.T)
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_wait_in_assembly_is_a_wait(phase: int) -> None:
+    asm = "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }"
+    source = edited(WAIT, f'    gl.inline_asm("{asm}", "r,r", [full.index(0), {phase}])\n')
+    for seed in range(6):
+        if phase == 0:
+            x, out = run(source, seed)
+            np.testing.assert_array_equal(out, x @ x.T)
+        else:
+            with pytest.raises(KernelError):
+                run(source, seed)
+
+
 WAIT = "    mbarrier.wait(full.index(0), 0)\n"
 LOAD = "    tma.async_load(x, [0, 0, 0, 0], full.index(0), tiles.x.index(0))\n"
 INIT = "    mbarrier.init(full.index(0), count=1)\n"
@@ -113,6 +137,14 @@ WRONG: dict[str, tuple[type[Exception], str, str, str]] = {
         STORE_WAIT + "    warpgroup_mma(x, x, acc, is_async=True)\n",
     ),
     "branch on a tensor": (KernelError, "depends on a tensor", "acc.to(gl.float16))", "acc if acc > 0 else x)"),
+    "other sizes": (
+        KernelError,
+        r"a product of \[16, 16\] and \[8, 16\]",
+        "x.permute([1, 0]), acc",
+        "x.slice(0, 8, 0), acc",
+    ),
+    "no such columns": (KernelError, "a slice of 16 from 8 of 16", "x.permute([1, 0]), acc", "x.slice(8, 16, 1), acc"),
+    "load before the wait": (Race, UNORDERED, WAIT, "    tiles.matrix().load(None)\n" + WAIT),
     "no such tile": (KernelError, "index 1 of 1", "tiles.x.index(0))", "tiles.x.index(1))"),
     "no such head": (KernelError, "no such batch", "tma.async_load(x, [0, 0, 0, 0]", "tma.async_load(x, [0, 1, 0, 0]"),
     "Triton's barrier": (KernelError, "Triton", WAIT, WAIT + '    gl.inline_asm("bar.sync 1, 128;")\n'),
@@ -201,6 +233,13 @@ def test_scalars_keep_their_types() -> None:
         assert int(scalar(2**31 - 1) + 1) == -(2**31)
     with pytest.raises(KernelError, match="division by zero"):
         scalar(1) // 0
+    names = emulator.load("""
+from triton.experimental.gluon import language as gl
+numbers = [*range(3, gl.to_tensor(5))]
+chosen = [gl.where(numbers[0] == 3, a, b) for a, b in ((1, 2), (1.0, 2.0), (numbers[1], 7))]
+""")
+    assert [int(n) for n in names["numbers"]] == [3, 4]
+    assert [x.value.dtype for x in names["numbers"] + names["chosen"]] == [np.int32] * 3 + [np.float32, np.int32]
     with pytest.raises(KernelError, match="integer"):
         range(scalar(1.0))  # type: ignore[call-overload]
 

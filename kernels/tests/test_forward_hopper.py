@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import inspect
 import math
 import os
 import re
@@ -11,6 +13,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +42,20 @@ class Case:
     keys: int = 16
     tile_dim: int = 16
     stages: int = 2
-    ping_pong: bool = True
+    consumers: int = 2
     own_out: bool = True
-    ctas: int | None = None  # persistent
+    held: int = 0
+    ctas: int | None = None  # fewer than tiles
     lse: bool = True
+    splits: int | None = None
+
+    @property
+    def tiles_query(self) -> int:
+        return -(-self.seq[0] // (self.consumers * self.rows))
+
+    @property
+    def num_tiles(self) -> int:
+        return self.tiles_query * self.heads[0] * self.heads[1]
 
     def causal(self, bottom_right: bool = False) -> Case:
         return replace(self, band=(-FAR, self.seq[1] - self.seq[0] if bottom_right else 0))
@@ -83,30 +97,61 @@ def attention(
     kernel: emulator.Kernel, case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, schedule: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     dtype = DTYPES[case.dtype]
-    batch, heads_q, heads_kv = case.heads
+    _, heads_q, heads_kv = case.heads
     out = np.full((*q.shape[:3], v.shape[3]), np.nan, np.float32)
     lse = np.full(out[..., 0].size, np.nan, np.float32)
+    splits = case.splits or 1
+    partial = np.full(out[..., 0].size * splits * (case.tile_dim + 1), np.nan, np.float32)
     rows, keys = (1, 1, case.rows, case.tile_dim), (1, 1, case.keys, case.tile_dim)
-    tiles_query = -(-case.seq[0] // (2 * case.rows))
-    num_tiles = tiles_query * heads_q * batch
-    sizes = (num_tiles, tiles_query, heads_q, heads_q // heads_kv, *case.seq)
-    band = (0, 0) if case.band is None else tuple(emulator.scalar(bound) for bound in case.band)
-    arguments = [
-        emulator.Descriptor(q, rows, dtype),
-        emulator.Descriptor(k, keys, dtype),
-        emulator.Descriptor(v, keys, dtype),
-        emulator.Descriptor(out, rows, dtype),
-        emulator.Pointer(lse if case.lse else None),
-        *(emulator.scalar(size) for size in sizes),
-        *band,
-        emulator.scalar(case.scale / math.log(2)),
-        case.band is not None,
-        case.stages,
-        case.ping_pong,
-        case.own_out,
-    ]
-    emulator.launch(kernel, min(case.ctas or num_tiles, num_tiles), arguments, seed=schedule)
+    quantities = {
+        "num_tiles": case.num_tiles,
+        "tiles_query": case.tiles_query,
+        "num_heads_q": heads_q,
+        "group": heads_q // heads_kv,
+        "seq_len_q": case.seq[0],
+        "seq_len_k": case.seq[1],
+        "scale_log2": case.scale / math.log(2),
+    }
+    quantities |= dict(zip(("band_lo", "band_hi"), case.band, strict=True)) if case.band else {}
+    quantities |= {"splits": splits} if case.splits else {}
+    values = {name: emulator.scalar(value) for name, value in quantities.items()}
+    values |= {} if case.band else {"band_lo": 0, "band_hi": 0}
+    values |= {} if case.splits else {"splits": 1}
+    values |= {
+        "q": emulator.Descriptor(q, rows, dtype),
+        "k": emulator.Descriptor(k, keys, dtype),
+        "v": emulator.Descriptor(v, keys, dtype),
+        "out": emulator.Descriptor(out, rows, dtype),
+        "lse": emulator.Pointer(partial if case.splits else lse if case.lse else None),
+        "BAND": case.band is not None,
+        "SPLIT": case.splits is not None,
+        "CONSUMERS": case.consumers,
+        "STAGES": case.stages,
+        "PING_PONG": case.consumers == 2,
+        "OWN_OUT": case.own_out,
+        "HELD": case.held,
+    }
+    tiles = case.num_tiles * splits
+    arguments = [values[name] for name in inspect.signature(kernel).parameters]
+    emulator.launch(kernel, min(case.ctas or tiles, tiles), arguments, seed=schedule)
+    if case.splits:
+        return combine(case, partial)
     return out, lse.reshape(out.shape[:3])
+
+
+def combine(case: Case, partial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `kernels/combine.py` makes of the parts."""
+    shape = (*case.heads[:2], case.splits or 1, case.seq[0])
+    sums = partial[math.prod(shape) * case.tile_dim :].reshape(shape)
+    parts = partial[: math.prod(shape) * case.tile_dim].reshape(*shape, case.tile_dim)
+    with np.errstate(divide="ignore"):
+        peak = np.maximum(sums.max(2), np.float32(-3e38))
+        weights = np.exp2(sums - peak[:, :, None])
+        total = weights.sum(2)
+        out = (weights[..., None] * parts).sum(2) / np.where(total == 0, 1, total)[..., None]
+        lse = ((peak + np.log2(total)) * math.log(2)).astype(np.float32)
+    assert not out[..., case.head_dim[1] :].any()
+    return DTYPES[case.dtype].round(out[..., : case.head_dim[1]]), lse
 
 
 def check(
@@ -132,6 +177,14 @@ def check(
         assert np.isnan(lse).all()
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half the query held": {"held": 8},
+    "output over query": {"own_out": False},
+    "output over query, held": {"own_out": False, "held": 16},
+    "three consumers": {"consumers": 3},
+    "three consumers, output over query": {"consumers": 3, "own_out": False, "held": 8},
+}
 CASES = {
     "dense": Case(),
     "dense, f16": Case(dtype="f16"),
@@ -140,7 +193,7 @@ CASES = {
     "one key": Case(seq=(50, 1)),
     "block and one": Case(seq=(33, 17)),
     "no key": Case(seq=(40, 0)),
-    "no key, band": Case(seq=(40, 0), band=(-3, 4)),
+    "no key, band": Case(seq=(40, 0), band=(-3, 4), ctas=1),
     "odd head_dim": Case(head_dim=(13, 13)),
     "narrow value": Case(head_dim=(16, 5)),
     "narrow key": Case(head_dim=(3, 16)),
@@ -148,28 +201,29 @@ CASES = {
     "large scale": Case(scale=3.0),
     "batch and groups": Case(heads=(2, 6, 2), seq=(40, 40)),
     "three stages": Case(stages=3),
-    "no ping-pong": Case(ping_pong=False),
     "persistent": Case(heads=(2, 2, 1), ctas=3),
-    "persistent, one CTA": Case(ctas=1, ping_pong=False),
-    "persistent, output over query": Case(ctas=2, own_out=False),
+    "persistent, one CTA": Case(ctas=1),
+    "persistent, one key block": Case(heads=(2, 4, 1), seq=(40, 9), ctas=2),
     "persistent, three stages": Case(ctas=2, stages=3),
     "causal": Case().causal(),
+    "causal, one key block": Case(heads=(1, 4, 1), seq=(90, 9), ctas=2).causal(),
     "causal, bottom right": Case().causal(True),
     "causal, more rows": Case(seq=(90, 40)).causal(),
-    "causal, more rows, bottom right": Case(seq=(90, 40)).causal(True),
+    "causal, more rows, bottom right": Case(seq=(90, 40), ctas=2).causal(True),
     "causal, square, persistent": Case(seq=(96, 96), ctas=2).causal(),
-    "causal, output over query": Case(heads=(1, 4, 2), own_out=False, ctas=3).causal(),
+    "causal, groups, persistent": Case(heads=(2, 4, 2), seq=(100, 70), ctas=5).causal(True),
     "causal, wide keys": Case(keys=64, seq=(130, 130)).causal(),
     "causal, narrow keys": Case(keys=8, seq=(80, 80)).causal(),
+    "causal, narrow keys, persistent": Case(keys=8, seq=(90, 70), ctas=1).causal(),
     "window": Case(band=(-20, 0)),
     "window, both sides": Case(band=(-17, 9), ctas=2),
     "window, narrower than a block": Case(band=(-2, 1), keys=32),
     "window, ahead": Case(band=(30, 45)),
-    "window, one key": Case(band=(7, 7)),
-    "window, blocks": Case(band=(-32, -16), seq=(96, 96)),
-    "nothing visible above": Case(band=(-FAR, -40)),
-    "nothing visible below": Case(band=(60, FAR)),
-    "nothing visible": Case(band=(5, 3)),
+    "window, one key": Case(band=(7, 7), ctas=1),
+    "window, blocks": Case(band=(-32, -16), seq=(96, 96), ctas=2),
+    "nothing visible above": Case(band=(-FAR, -40), ctas=2),
+    "nothing visible below": Case(band=(60, FAR), ctas=2),
+    "nothing visible": Case(band=(5, 3), ctas=2),
     "unbounded band": Case(band=(-FAR, FAR)),
 }
 
@@ -179,13 +233,22 @@ def kernel() -> emulator.Kernel:
     return emulator.load(SOURCE)["attention_forward_hopper"]
 
 
-@pytest.mark.parametrize("schedule", range(2))
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
-def test_matches_the_oracle(kernel: emulator.Kernel, name: str, schedule: int) -> None:
-    check(kernel, CASES[name], schedule)
+def test_matches_the_oracle(kernel: emulator.Kernel, name: str, mode: str) -> None:
+    check(kernel, replace(CASES[name], **MODES[mode]), schedule=list(MODES).index(mode))
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "name", ["dense", "one key", "causal, groups, persistent", "window, both sides", "no key, band"]
+)
+def test_split_keys_match_the_oracle(kernel: emulator.Kernel, name: str, mode: str, splits: int) -> None:
+    check(kernel, replace(CASES[name], **MODES[mode], splits=splits))
+
+
+@pytest.mark.parametrize("seed", range(64))
 def test_matches_the_oracle_on_random_problems(kernel: emulator.Kernel, seed: int) -> None:
     rng = np.random.default_rng(seed)
     heads_kv = int(rng.integers(1, 4))
@@ -201,9 +264,11 @@ def test_matches_the_oracle_on_random_problems(kernel: emulator.Kernel, seed: in
         scale=float(rng.uniform(0.05, 2)),
         keys=int(rng.choice([8, 16, 32])),
         stages=int(rng.integers(2, 4)),
-        ping_pong=bool(rng.integers(2)),
+        consumers=int(rng.integers(2, 4)),
+        held=int(rng.choice([0, 8, 16])),
+        ctas=[None, int(rng.integers(1, 6))][int(rng.integers(2))],
+        splits=[None, int(rng.integers(2, 5))][int(rng.integers(4) == 0)],
         own_out=bool(rng.integers(2)),
-        ctas=[None, int(rng.integers(1, 4))][int(rng.integers(2))],
     )
     check(kernel, case, seed)
 
@@ -224,10 +289,19 @@ def test_matches_the_oracle_with_the_shipped_tiles(
         keys=shape.key,
         tile_dim=tile_dim,
         stages=shape.stages,
+        consumers=shape.consumers,
         own_out=shape.own_out,
+        held=shape.held,
         ctas=3,
     )
     check(kernel, case.causal() if causal else case)
+
+
+@pytest.mark.parametrize("held", [0, 32, 64])
+@pytest.mark.parametrize("consumers", [2, 3])
+def test_matches_the_oracle_with_whole_warpgroups(kernel: emulator.Kernel, consumers: int, held: int) -> None:
+    case = Case(seq=(250, 250), head_dim=(64, 64), rows=64, keys=64, tile_dim=64, ctas=1, held=held)
+    check(kernel, replace(case, consumers=consumers).causal())
 
 
 def test_views_come_in_without_a_copy(kernel: emulator.Kernel) -> None:
@@ -239,17 +313,18 @@ def test_views_come_in_without_a_copy(kernel: emulator.Kernel) -> None:
     )
 
 
-@pytest.mark.parametrize("own_out", [False, True])
-def test_the_schedule_does_not_change_a_bit(kernel: emulator.Kernel, own_out: bool) -> None:
-    case = Case(ctas=2, own_out=own_out).causal()
+@pytest.mark.parametrize("mode", MODES)
+def test_the_schedule_does_not_change_a_bit(kernel: emulator.Kernel, mode: str) -> None:
+    case = Case(ctas=2, **MODES[mode]).causal()
     results = [attention(kernel, case, *inputs(case), schedule) for schedule in range(8)]
     for out, lse in results[1:]:
         np.testing.assert_array_equal(out, results[0][0])
         np.testing.assert_array_equal(lse, results[0][1])
 
 
-def test_nan_reaches_the_rows_that_see_it_and_no_other_head(kernel: emulator.Kernel) -> None:
-    case = Case(seq=(64, 64)).causal()
+@pytest.mark.parametrize("mode", ["plain", "output over query, held", "three consumers"])
+def test_nan_reaches_the_rows_that_see_it_and_no_other_head(kernel: emulator.Kernel, mode: str) -> None:
+    case = Case(seq=(64, 64), ctas=1, **MODES[mode]).causal()
     for poisoned in range(3):
         tensors = inputs(case)
         key = 40
@@ -294,6 +369,74 @@ def test_rows_that_see_nothing_read_nothing(kernel: emulator.Kernel) -> None:
         assert not out.any() and np.isneginf(lse).all()
 
 
+# --- the order of the tiles under a band ---
+
+
+def deal(names: dict[str, Any], tiles_query: int, heads: int, ctas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many tiles each CTA computes; head and tile by turn and CTA, for two turns more than anybody has."""
+    emulator.enter(0, ctas)
+    order = names["_order"](emulator.scalar(heads * tiles_query), emulator.scalar(tiles_query))
+    everybody = replace(order, cta=emulator.Tensor(np.arange(ctas, dtype=np.int32)))
+    problem = SimpleNamespace(BAND=True, order=everybody)
+    counts = names["Problem"].tiles(problem).value
+    turns = emulator.Tensor(np.arange(counts.max() + 2, dtype=np.int32)[:, None])
+    head, tile = names["Problem"].place(problem, turns)
+    return counts, head.value, tile.value
+
+
+def check_order(names: dict[str, Any], tiles_query: int, heads: int, ctas: int) -> None:
+    """Every tile once; where their number is odd also one more, which has no rows."""
+    counts, head, tile = deal(names, tiles_query, heads, ctas)
+    assert counts.min() >= 1, "the kernel needs a tile in each CTA"
+    mine = np.arange(len(head))[:, None] < counts
+    head, tile = head[mine], tile[mine]
+    even = tiles_query + tiles_query % 2
+    assert head.min() >= 0 and head.max() < heads and tile.min() >= 0 and tile.max() < even
+    np.testing.assert_array_equal(np.sort(head * even + tile), np.arange(heads * even))
+
+
+def balance(names: dict[str, Any], tiles_query: int, heads: int, ctas: int) -> float:
+    """Of a causal square with as many rows in a tile as keys in a block: the mean number of blocks over the largest."""
+    counts, _, tile = deal(names, tiles_query, heads, ctas)
+    mine = np.arange(len(tile))[:, None] < counts
+    blocks = np.where(mine, np.where(tile < tiles_query, tile + 1, 1), 0).sum(0)
+    return heads * tiles_query * (tiles_query + 1) / 2 / ctas / int(blocks.max())
+
+
+def longest_first(tiles_query: int, heads: int, ctas: int) -> float:
+    """The same of the usual heuristic: the longest tile that is left goes to the CTA that has the least to do."""
+    blocks = [0] * ctas
+    for tile in reversed(range(tiles_query)):
+        for _ in range(heads):
+            heapq.heapreplace(blocks, blocks[0] + tile + 1)
+    return sum(blocks) / ctas / max(blocks)
+
+
+CTAS = (1, 2, 3, 7, 30, 78, 114, 131, 132)
+
+
+@pytest.mark.parametrize("tiles_query", [*range(1, 18), 31, 32, 33, 64, 127, 128])
+def test_the_order_has_every_tile_once(tiles_query: int) -> None:
+    names = emulator.load(SOURCE)
+    for heads in (*range(1, 20), 31, 32, 63, 64, 100, 257):
+        for ctas in CTAS:
+            check_order(names, tiles_query, heads, min(ctas, heads * tiles_query))
+
+
+@pytest.mark.parametrize("tiles_query", [4, 8, 16, 32, 64, 128])
+def test_the_order_shares_the_work(tiles_query: int) -> None:
+    names = emulator.load(SOURCE)
+    for heads in (8, 16, 24, 32, 48, 64, 96, 128, 160, 256):
+        for ctas in (78, 114, 132):
+            if heads * tiles_query >= ctas:
+                share = balance(names, tiles_query, heads, ctas)
+                assert share >= 0.9 * longest_first(tiles_query, heads, ctas), (heads, ctas)
+                if heads * tiles_query >= 6 * ctas:
+                    assert share >= 0.93, (heads, ctas)
+
+
+# --- planted faults ---
+
 # Each fault is a list of edits of the kernel's text. All have to be noticed by some case of the suite: as an error of
 # the emulator, or as a wrong number.
 Edit = Callable[[str], str]
@@ -332,8 +475,8 @@ def move(line: str, before: str) -> list[Edit]:
 FAULTS: dict[str, list[Edit]] = {
     "empty: phase": [swap("& 1) ^ 1)", "& 1))")],
     "empty: no wait": [drop("mbarrier.wait(self.empty")],
-    "full: phase": [swap("% self.stages), (n // self.stages) & 1)", "% self.stages), ((n // self.stages) & 1) ^ 1)")],
-    "full: stage": [swap("self.full.index(n % self.stages)", "self.full.index((n + 1) % self.stages)")],
+    "full: phase": [swap("(n // self.stages) & 1],", "((n // self.stages) & 1) ^ 1],")],
+    "full: stage": [swap("[self.full.index(n % self.stages),", "[self.full.index((n + 1) % self.stages),")],
     "tile: stage": [swap("self.tiles.index(n % self.stages)", "self.tiles.index((n + 1) % self.stages)")],
     "release: stage": [swap("[self.empty.index(n % self.stages)]", "[self.empty.index((n + 1) % self.stages)]")],
     "release: every lane": [swap("elect.sync _|p, 0xffffffff; @p", "")],
@@ -343,37 +486,56 @@ FAULTS: dict[str, list[Edit]] = {
     "load: twice the bytes": [swap("desc.block_type.nbytes)", "desc.block_type.nbytes * 2)")],
     "barriers: one arrival a warpgroup": [swap("count=readers * WARPS", "count=readers")],
     "barriers: one reader": [swap("count=readers * WARPS", "count=WARPS")],
-    "barriers: no fence": [swap("    fence_async_shared()\n    p = ", "    p = ")],
-    "producer: query of one consumer": [swap("row + wg * p.ROWS, tiles", "row, tiles")],
-    "producer: one query stage": [swap("tiles * CONSUMERS + wg)", "tiles * CONSUMERS)")],
-    "producer: tiles not counted": [drop("tiles += 1")],
-    "producer: blocks not counted": [swap("        blocks += steps\n        tiles", "        tiles")],
+    "barriers: no fence": [swap("    fence_async_shared()\n    num_tiles", "    num_tiles")],
+    "producer: query of one consumer": [swap("row + wg * p.ROWS, turn", "row, turn")],
+    "producer: one query stage": [swap("turn * p.CONSUMERS + wg)", "turn * p.CONSUMERS)")],
+    "producer: tiles not counted": [swap("turn * p.CONSUMERS + wg)", "wg)")],
+    "producer: blocks not counted": [swap("        blocks += steps\n        v_ring", "        v_ring")],
+    "producer: batch": [swap("batch = head // p.num_heads_q", "batch = head // p.num_heads_q * 0")],
     "producer: key head": [swap("head_q // p.group", "head_q % (p.num_heads_q // p.group)")],
     "producer: value of another block": [swap("col - (i - 1) * p.KEYS", "col - i * p.KEYS")],
     "producer: last value": [swap("col - (steps - 1) * p.KEYS, blocks", "col - steps * p.KEYS, blocks")],
+    "query: a column too few": [swap("if self.HELD < D:", "if self.HELD == 0:")],
+    "query: the first columns twice": [swap("rest = self.tile.slice(self.HELD", "rest = self.tile.slice(0")],
+    "query: held columns forgotten": [swap("use_acc=self.HELD > 0", "use_acc=False")],
+    "query: other keys": [swap("k = k.slice(self.HELD,", "k = k.slice(0,")],
     "no wait for query": [drop("q_ring.wait(query)")],
-    "no wait for the first key": [drop("k_ring.wait(blocks)")],
-    "no wait for the first value": [drop("v_ring.wait(blocks)")],
+    "no wait for the first key": [swap("k_ring.wait(blocks)\n        s = ", "s = ")],
+    "no wait for the first value": [swap("        if not PING_PONG:\n            v_ring.wait(blocks)\n", "")],
     "no wait for key": [drop("k_ring.wait(n)")],
     "no wait for value": [drop("v_ring.wait(n)")],
+    "no wait for value, ping-pong": [
+        swap("        v_ring.wait(n - 1)\n    o = warpgroup_mma(", "        pass\n    o = warpgroup_mma(")
+    ],
+    "no wait for the last value": [drop("v_ring.wait(blocks - 1)")],
     "no release of query": [swap("if OWN_OUT:\n            q_ring.release(query)", "pass")],
-    "no release of the first key": [drop("k_ring.release(blocks)")],
+    "no release of query under output": [
+        swap("            gl.barrier()\n            q_ring.release(query)", "            gl.barrier()")
+    ],
+    "no release of the first key": [swap("        k_ring.release(blocks)\n        s = p.mask", "        s = p.mask")],
     "no release of key": [drop("k_ring.release(n)")],
     "no release of value": [drop("v_ring.release(n - 1)")],
     "no release of the last value": [drop("v_ring.release(blocks - 1)")],
     "early release of query": [
         swap("if OWN_OUT:\n            q_ring.release(query)", "pass"),
-        insert("if OWN_OUT: q_ring.release(query)", before="for i in range(1, steps):\n            # The scores"),
+        insert("if OWN_OUT: q_ring.release(query)", before="if p.BAND:\n            # Blocks"),
+    ],
+    "early release of a held query": [
+        swap("if OWN_OUT:\n            q_ring.release(query)", "pass"),
+        swap("HELD, S_LAYOUT)\n", "HELD, S_LAYOUT)\n        if OWN_OUT: q_ring.release(query)\n"),
     ],
     "early release of the first key": [
-        drop("k_ring.release(blocks)"),
-        swap(
-            "        s = warpgroup_mma_wait(num_outstanding=0",
-            "        k_ring.release(blocks); s = warpgroup_mma_wait(num_outstanding=0",
-        ),
+        swap("        k_ring.release(blocks)\n        s = p.mask", "        s = p.mask"),
+        swap("        s = warpgroup_mma_wait(", "        k_ring.release(blocks); s = warpgroup_mma_wait("),
     ],
     "early release of key": move("k_ring.release(n)", before="s = warpgroup_mma_wait(num_outstanding=1"),
-    "early release of value": move("v_ring.release(n - 1)", before="v_ring.wait(n)"),
+    "early release of value": [
+        drop("v_ring.release(n - 1)"),
+        swap(
+            "    o = warpgroup_mma_wait(num_outstanding=0, deps=[o])\n    pass",
+            "    v_ring.release(n - 1); o = warpgroup_mma_wait(num_outstanding=0, deps=[o])",
+        ),
+    ],
     "early release of the last value": [
         drop("v_ring.release(blocks - 1)"),
         swap(
@@ -381,87 +543,177 @@ FAULTS: dict[str, list[Edit]] = {
             "v_ring.tile(blocks - 1), o, is_async=True); v_ring.release(blocks - 1)",
         ),
     ],
+    "hidden: key kept": [swap("k_ring.release(blocks)\n            v_ring", "v_ring")],
+    "hidden: value kept": [swap("            v_ring.wait(blocks)\n            v_ring.release(blocks)\n", "")],
+    "hidden: key released unseen": [swap("k_ring.wait(blocks)\n            k_ring.release", "k_ring.release")],
+    "hidden: value released unseen": [swap("v_ring.wait(blocks)\n            v_ring.release", "v_ring.release")],
+    "hidden: no turn": [
+        swap("            if PING_PONG:\n                _take_turn(WG)\n                _pass_turn(WG)\n", "")
+    ],
+    "hidden: not counted": [drop("blocks += 1")],
+    "hidden: same keys": [drop("col -= p.KEYS")],
+    "hidden: as many steps": [drop("steps -= 1")],
+    "hidden: the only block": [swap("(steps > 1)", "(steps > 0)")],
+    "hidden: seen by one row": [swap("(col >= end)", "(col >= end - 1)")],
+    "hidden: by the first row": [swap("row + self.ROWS + self.band_hi, self", "row + self.band_hi, self")],
     "scores in flight": [swap("num_outstanding=1, deps=[s]", "num_outstanding=2, deps=[s]")],
+    "first scores in flight": [swap("num_outstanding=0, deps=[s]", "num_outstanding=1, deps=[s]")],
     "output in flight": [
-        swap(
-            "v_ring.wait(n)\n            o = warpgroup_mma_wait(num_outstanding=0",
-            "v_ring.wait(n)\n            o = warpgroup_mma_wait(num_outstanding=1",
-        )
+        swap("num_outstanding=0, deps=[o])\n    v_ring", "num_outstanding=1, deps=[o])\n    v_ring"),
     ],
     "values of this block": [swap("v_ring.tile(n - 1), o", "v_ring.tile(n), o")],
     "ping-pong: nobody starts": [swap("        if WG == 1:\n            _pass_turn(WG)", "        pass")],
     "ping-pong: both start": [swap("        if WG == 1:\n            _pass_turn(WG)", "        _pass_turn(WG)")],
     "ping-pong: last turn not taken": [drop("_take_turn(WG)  # the turn")],
-    "ping-pong: turn not passed": [
-        swap("                _pass_turn(WG)\n            s =", "                pass\n            s =")
-    ],
+    "ping-pong: turn not passed": [swap("        _pass_turn(WG)\n    s =", "        pass\n    s =")],
     "ping-pong: own turn": [swap('"bar.arrive 9, 256;"', '"bar.arrive 8, 256;"')],
     "ping-pong: half the threads": [swap('"bar.sync 8, 256;"', '"bar.sync 8, 128;"')],
-    "consumer: tiles not counted": [drop("query += CONSUMERS")],
+    "consumer: tiles not counted": [swap("query = turn * p.CONSUMERS + WG", "query = WG")],
     "consumer: blocks not counted": [
-        swap("        blocks += steps\n        o = ", "        o = "),
+        swap("        blocks += steps\n        if OWN", "        if OWN"),
+        swap("v_ring.wait(blocks - 1)", "v_ring.wait(blocks + steps - 1)"),
         swap("v_ring.tile(blocks - 1)", "v_ring.tile(blocks + steps - 1)"),
         swap("v_ring.release(blocks - 1)", "v_ring.release(blocks + steps - 1)"),
     ],
     "consumer: same rows": [drop("row += WG * p.ROWS")],
-    "mask: right edge": [swap("(cols < end)", "(cols <= end)")],
-    "mask: left edge": [swap("(cols >= rows + self.band_lo)", "(cols > rows + self.band_lo)")],
-    "mask: end of the keys": [swap("gl.where(cols < self.seq_len_k", "gl.where(cols <= self.seq_len_k")],
+    "mask: right edge": [
+        swap("rows + self.band_hi + 1, self.seq_len_k) - lane", "rows + self.band_hi + 2, self.seq_len_k) - lane")
+    ],
+    "mask: right edge, one less": [
+        swap("rows + self.band_hi + 1, self.seq_len_k) - lane", "rows + self.band_hi, self.seq_len_k) - lane")
+    ],
+    "mask: left edge": [swap("keys >= rows", "keys > rows")],
+    "mask: left edge, one more": [swap("keys >= rows", "keys >= rows - 1")],
+    "mask: end of the keys": [swap("keys < self.seq_len_k - lane", "keys <= self.seq_len_k - lane")],
     "mask: end of the keys, band": [
-        swap("end = gl.minimum(rows + self.band_hi + 1, self.seq_len_k)", "end = rows + self.band_hi + 1")
+        swap("gl.minimum(rows + self.band_hi + 1, self.seq_len_k) - lane", "rows + self.band_hi + 1 - lane")
     ],
-    "mask: skipped at the left edge": [swap("(col < last_begin)", "(col < last_begin - 1)")],
-    "mask: skipped at the right edge": [swap("(col + self.KEYS > first_end)", "(col + self.KEYS > first_end + 1)")],
-    "mask: skipped at the end": [
-        swap("if col + self.KEYS > self.seq_len_k", "if col + self.KEYS > self.seq_len_k + 1")
+    "mask: skipped at the left edge": [swap("if col < row + self.ROWS - 1", "if col < row + self.ROWS - 2")],
+    "mask: only the first row at the left edge": [swap("if col < row + self.ROWS - 1", "if col < row")],
+    "mask: of another block": [
+        swap("s = p.mask(s, row, col)\n    m_new", "s = p.mask(s, row, col + p.KEYS)\n    m_new")
     ],
-    "mask: only the first row at the left edge": [swap("last_begin = row + self.ROWS - 1", "last_begin = row")],
-    "mask: of another block": [swap("p.mask(s, row, col - i * p.KEYS", "p.mask(s, row, col - (i - 1) * p.KEYS")],
+    "mask: of other rows": [swap("s = p.mask(s, row, col)\n    m_new", "s = p.mask(s, row + 1, col)\n    m_new")],
+    "mask: lanes": [swap("_axis(4, 2, L) * 2", "_axis(4, 2, L)")],
+    "mask: registers": [swap("_axis(self.KEYS // 8, 1, L) * 8", "_axis(self.KEYS // 8, 1, L) * 4")],
+    "mask: pairs": [swap(" + _axis(2, 3, L)", "")],
+    "edges: right": [
+        swap("first_end = gl.minimum(row + self.band_hi + 1", "first_end = gl.minimum(row + self.band_hi + 2")
+    ],
+    "edges: right, of the last row": [
+        swap("first_end = gl.minimum(row + ", "first_end = gl.minimum(row + self.ROWS + ")
+    ],
+    "edges: left": [swap("last_begin = row + self.ROWS - 1", "last_begin = row + self.ROWS - 2")],
+    "edges: left, of the first row": [swap("last_begin = row + self.ROWS - 1", "last_begin = row")],
+    "edges: right, rounded down": [swap("first_end, 0) + self.KEYS - 1)", "first_end, 0))")],
+    "edges: left, rounded up": [
+        swap(
+            "b = gl.maximum(col + self.KEYS - last_begin, 0)",
+            "b = (gl.maximum(col + self.KEYS - last_begin, 0) + self.KEYS - 1)",
+        )
+    ],
+    "edges: the first block again": [swap("gl.maximum(a, 1)", "gl.maximum(a, 0)")],
+    "edges: before the first": [swap("return a, gl.minimum(gl.maximum(b, a)", "return a, gl.minimum(gl.maximum(b, 0)")],
+    "edges: beyond the last": [swap("gl.minimum(gl.maximum(a, 1), steps)", "gl.maximum(a, 1)")],
+    "edges: no left one": [swap("range(1 + (left < steps).to(gl.int32))", "range(1)")],
     "blocks: last key": [swap("last_row + self.band_hi + 1, keys", "last_row + self.band_hi, keys")],
     "blocks: last row": [swap("self.seq_len_q) - 1", "self.seq_len_q) - 2")],
     "blocks: first key": [swap("row + self.band_lo, 0) //", "row + self.band_lo + 1, 0) //")],
     "blocks: negative": [swap("gl.maximum(row + self.band_lo, 0) //", "(row + self.band_lo) //")],
     "blocks: rounded down": [swap("end = (keys + self.KEYS - 1)", "end = keys")],
     "blocks: blind rows read keys": [swap("self.seq_len_k // self.KEYS + 1)", "0)")],
+    "order: nothing cut": [
+        swap("    full = 2 * pairs // ctas\n", "    cut = gl.to_tensor(0)\n    full = 2 * pairs // ctas\n")
+    ],
+    "order: cut one less": [swap("cut = rounds * ctas - (", "cut = rounds * ctas - 1 - (")],
+    "order: cut head": [swap("o.first_head + remainder, o.first_head - 1)", "o.first_head + remainder, o.first_head)")],
+    "order: cut width": [swap("o.heads + (o.cut > 0).to(gl.int32)", "o.heads")],
+    "order: cut not added": [swap("gl.where(above < 0, 0, o.cut)", "0")],
+    "order: first head rounded down": [swap("(rounds * ctas + per_head - 1) // per_head", "rounds * ctas // per_head")],
+    "order: odd number of tiles": [swap("per_head = (tiles_query + 1) // 2", "per_head = tiles_query // 2")],
+    "order: the same end twice": [swap("2 * o.per_head - 1 - pair, pair)", "o.per_head + pair, pair)")],
+    "order: not back and forth": [swap("gl.where((again & 1) != 0, o.ctas - 1 - o.cta, o.cta)", "o.cta")],
+    "order: who has one more": [swap("gl.where((o.full & 1) != 0, o.ctas - 1 - o.cta, o.cta)", "o.cta")],
+    "order: all in rounds": [swap("gl.maximum(heads * per_head // ctas - 1, 0)", "heads * per_head // ctas")],
+    "order: short ones first": [
+        swap("gl.where(r < o.pairs, r, 2 * o.pairs - 1 - r)", "gl.where(r < o.pairs, r, r - o.pairs)")
+    ],
+    "order: dense, one tile less": [swap("+ gl.num_programs(0) - 1) // gl.num_programs(0)", ") // gl.num_programs(0)")],
+    "split: rounded down": [swap("gl.maximum(end - begin, 0) + self.splits - 1) //", "gl.maximum(end - begin, 0)) //")],
+    "split: the same part": [swap("end -= head % self.splits * part", "end -= part")],
+    "split: beyond the part": [drop("begin = gl.maximum(begin, end - part)")],
+    "split: before the first block": [swap("begin = gl.maximum(begin, end - part)", "begin = end - part")],
+    "split: head": [swap("head = head // p.splits", "head = head % p.splits")],
+    "split: sums among the outputs": [swap("partial + p.order.heads_total.to(gl.int64) * p.seq_len_q * D", "partial")],
+    "split: sums beyond the rows": [
+        swap(
+            "gl.store(sums + rows, m + _log2(l), mask=row + rows < p.seq_len_q)", "gl.store(sums + rows, m + _log2(l))"
+        )
+    ],
+    "split: outputs beyond the rows": [swap("o, mask=row + rows < p.seq_len_q)", "o)")],
+    "split: division by the empty sum": [
+        swap(
+            "    o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))\n    rows",
+            "    o = _scale_rows(o, _reciprocal(l))\n    rows",
+        )
+    ],
     "softmax: starts at -inf": [swap("-3.0e38", 'float("-inf")')],
     "softmax: starts at 0": [swap("-3.0e38", "0.0")],
+    "softmax: first maximum not scaled": [swap("gl.max(s, 1) * scale_log2, -", "gl.max(s, 1), -")],
     "softmax: maximum not scaled": [swap("gl.max(s, 1) * scale_log2)", "gl.max(s, 1))")],
     "softmax: sum not rescaled": [swap("l = _scale_rows(l, alpha) + ", "l = l + ")],
-    "softmax: output not rescaled": [drop("o = _scale_rows(o, alpha)")],
-    "softmax: division by the empty sum": [swap("gl.where(l == 0.0, 0.0, 1.0 / l)", "1.0 / l")],
+    "softmax: output not rescaled": [swap("return _scale_rows(o, alpha), l", "return o, l")],
+    "softmax: division by the empty sum": [
+        swap(
+            "    o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))\n    tma",
+            "    o = _scale_rows(o, _reciprocal(l))\n    tma",
+        )
+    ],
     "lse: to base 2": [swap(" * LN_2\n", "\n")],
     "lse: beyond the rows": [swap(", mask=rows < p.seq_len_q)", ")")],
     "lse: of the row before": [swap("p.seq_len_q + rows, value", "p.seq_len_q + (rows - 1), value")],
     "lse: null": [swap("lse.to(gl.int64) != 0", "p.seq_len_q != 0")],
-    "store: no fence": [swap("        fence_async_shared()\n        tma", "        tma")],
+    "store: no fence": [swap("    fence_async_shared()\n    tma", "    tma")],
     "store: no wait for the one before": [drop("tma.store_wait(0)  # the store")],
-    "store: no barrier after the wait": [swap("has read `out`\n            gl.barrier()\n", "has read `out`\n")],
+    "store: no barrier after the wait": [swap("has read `out`\n    gl.barrier()\n", "has read `out`\n")],
     "store: query released early": [swap("            tma.store_wait(0)\n            gl.barrier()\n", "")],
     "store: query released by those who did not wait": [
         swap("            gl.barrier()\n            q_ring", "            q_ring")
     ],
     "store: unfinished": [swap("    tma.store_wait(0)\n\n\n", "\n\n")],
     "store: tile of the other consumer": [swap("out_tiles.index(WG)", "out_tiles.index(0)")],
+    "store: query of the other consumer": [swap("q_ring.tiles.index(WG)", "q_ring.tiles.index(0)")],
 }
 SUITE = [
-    Case(heads=(1, 4, 2), ctas=2, scale=3.0),
+    Case(heads=(2, 4, 2), ctas=2, scale=3.0, held=8),
     Case(heads=(1, 2, 1), ctas=1, own_out=False).causal(),
+    Case(heads=(1, 2, 1), ctas=1, consumers=3, held=16, keys=8).causal(),
     Case(band=(-20, 5), ctas=2, stages=3),
-    Case(seq=(96, 96), ctas=2).causal(),
+    Case(seq=(96, 96), ctas=2, held=8).causal(),
+    Case(seq=(96, 96), ctas=2, own_out=False, consumers=3),
     Case(seq=(64, 64), band=(-16, 16)),
     Case(seq=(96, 96), band=(-30, 14)),
-    Case(seq=(100, 100), band=(-17, 9)),
+    Case(seq=(100, 100), band=(-17, 9), held=8),
     Case(seq=(90, 40), band=(-9, 2)),
     Case(seq=(48, 47)),
     Case(seq=(47, 95), band=(-FAR, 1)),
+    Case(seq=(70, 60), band=(-9, -1), ctas=1, keys=8),
     Case(lse=False),
+    Case(heads=(1, 4, 1), seq=(96, 96), ctas=1, consumers=3, band=(-30, -20)),
+    Case(seq=(40, 70), splits=3),
+    Case(seq=(90, 70), splits=2, ctas=3, band=(-40, -7)),
 ]
+ORDERS = [(1, 3, 2), (5, 3, 4), (4, 7, 3), (7, 10, 7), (32, 24, 132), (64, 31, 78)]
 
 
 def noticed(text: str) -> str | None:
     """What the suite says about a kernel; None if it finds nothing."""
-    kernel = emulator.load(text)["attention_forward_hopper"]
+    names = emulator.load(text)
+    kernel = names["attention_forward_hopper"]
     try:
+        for order in ORDERS:
+            check_order(names, *order)
+        assert balance(names, 32, 24, 132) > 0.97 and balance(names, 16, 16, 114) > 0.9
         for schedule in range(2):
             for case in SUITE:
                 check(kernel, case, schedule)
@@ -489,7 +741,7 @@ def test_planted_faults_are_noticed(fault: str) -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "band"), [(64, False), (128, True), (256, True)])
-def test_the_machine_code_overlaps_softmax_and_products(head_dim: int, band: bool, tmp_path: Path) -> None:
+def test_the_machine_code_overlaps_maxima_and_products(head_dim: int, band: bool, tmp_path: Path) -> None:
     spec = specs.hopper("bf16", head_dim, band)
     ((_, members),) = compile.compile_all([spec], 1)
     assert isinstance(members, list), members
@@ -498,10 +750,13 @@ def test_the_machine_code_overlaps_softmax_and_products(head_dim: int, band: boo
     sass = compile.run_tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
     for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS"):
         assert instruction in sass
-    # In the loop of either consumer all exponentials come before the wait for the product P V.
+    # In the loops of either consumer (with a mask and without, under a band) all row maxima come between the wait for
+    # the scores and that for the product P V, which is still in flight: for each of a thread's scores, and twice in the
+    # shuffles of either of its rows.
     loops = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass, re.S)
-    exponentials = specs.CONSUMER_ROWS * spec.tile.key // 128 + 2
-    assert [loop.count("MUFU.EX2") for loop in loops] == [exponentials] * 2
+    scores = specs.CONSUMER_ROWS * spec.tile.key // 128
+    assert [loop.count("FMNMX") for loop in loops] == [scores + 4] * (4 if band else 2)
+    assert not any("HGMMA" in loop for loop in loops)
 
 
 BUILD = """

@@ -81,11 +81,14 @@ def test_explanations(device: str) -> None:
     assert all(name and reason for name, reason in explanation.rejected)
     assert (explanation.arch == "cpu") == (device == "cpu")
     assert explanation.chosen in repr(explanation)
+    rule = f" ({explanation.rule})" if explanation.rule else ""
+    assert f"\n  runs {explanation.chosen}{rule}\n" in f"{explanation}\n"
 
 
 def test_explanations_of_numpy_arrays() -> None:
     query = np.zeros((1, 2, 5, 8), np.float32)
-    assert flashcore.explain(query, query, query).chosen == "attention_forward.cpu"
+    explanation = flashcore.explain(query, query, query)
+    assert (explanation.chosen, explanation.rule) == ("attention_forward.cpu", None)
 
 
 @without_driver

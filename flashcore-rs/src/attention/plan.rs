@@ -1,7 +1,7 @@
 //! From a chosen variant to launches: everything that depends only on geometry is computed once.
 
 use super::problem::Problem;
-use crate::bundle::manifest::{Factor, Grid, Launch, Param, Quantity, Tensor, Variant};
+use crate::bundle::manifest::{Factor, Grid, Launch, Param, Quantity, Tensor, Tile, Variant};
 use crate::device::{DeviceContext, log_drop_error};
 use crate::driver::{FunctionHandle, LaunchRequest, ParamBlock, StreamHandle, TensorMapSpec};
 use crate::error::{Error, Result};
@@ -60,12 +60,12 @@ impl Plan {
         problem: Problem,
         sm_count: u32,
     ) -> Result<Self> {
-        let values = Values { problem: &problem, tile_query: variant.tile.query };
+        let values = Values { problem: &problem, variant, sm_count };
         let launches = variant
             .launches
             .iter()
             .zip(functions)
-            .map(|(launch, &function)| PlannedLaunch::new(launch, function, &values, sm_count))
+            .map(|(launch, &function)| PlannedLaunch::new(launch, function, &values))
             .collect::<Result<_>>()?;
         let workspace = variant
             .workspace
@@ -110,10 +110,10 @@ impl Plan {
 }
 
 impl PlannedLaunch {
-    fn new(launch: &Launch, function: FunctionHandle, values: &Values<'_>, sm_count: u32) -> Result<Self> {
+    fn new(launch: &Launch, function: FunctionHandle, values: &Values<'_>) -> Result<Self> {
         let mut planned = Self {
             function,
-            grid: grid(&launch.grid, values, sm_count)?,
+            grid: grid(&launch.grid, values)?,
             block_threads: launch.block_threads,
             cluster: launch.cluster,
             shared_bytes: launch.shared_bytes,
@@ -200,7 +200,7 @@ fn tensor_map(layout: &Layout, box_dims: [u32; 4], swizzle: u32) -> TensorMapSpe
     }
 }
 
-fn grid(grid: &Grid, values: &Values<'_>, sm_count: u32) -> Result<[u32; 3]> {
+fn grid(grid: &Grid, values: &Values<'_>) -> Result<[u32; 3]> {
     const LIMITS: [u64; 3] = [i32::MAX as u64, 65535, 65535];
     let mut out = [1u32; 3];
     for ((size, factors), limit) in out.iter_mut().zip([&grid.x, &grid.y, &grid.z]).zip(LIMITS) {
@@ -215,15 +215,35 @@ fn grid(grid: &Grid, values: &Values<'_>, sm_count: u32) -> Result<[u32; 3]> {
         *size = product as u32;
     }
     if let Some(per_sm) = grid.max_ctas_per_sm {
-        out[0] = out[0].min(per_sm.saturating_mul(sm_count).max(1));
+        out[0] = out[0].min(per_sm.saturating_mul(values.sm_count).max(1));
     }
     Ok(out)
+}
+
+/// The quantities that a problem and a tile alone decide; 0 for any other.
+pub(super) fn count(problem: &Problem, tile: &Tile, quantity: Quantity) -> i64 {
+    let tiles = problem.seq_len_q.div_ceil(tile.query as usize);
+    let count = match quantity {
+        Quantity::Batch => problem.batch,
+        Quantity::NumHeadsQ => problem.num_heads_q,
+        Quantity::NumHeadsKv => problem.num_heads_kv,
+        Quantity::Group => problem.group(),
+        Quantity::SeqLenQ => problem.seq_len_q,
+        Quantity::SeqLenK => problem.seq_len_k,
+        Quantity::HeadDimQk => problem.head_dim_qk,
+        Quantity::HeadDimV => problem.head_dim_v,
+        Quantity::TilesQuery => tiles,
+        Quantity::NumTiles => tiles.saturating_mul(problem.num_heads_q).saturating_mul(problem.batch),
+        _ => 0,
+    };
+    i64::try_from(count).unwrap_or(i64::MAX)
 }
 
 /// The quantities of a problem by name.
 struct Values<'a> {
     problem: &'a Problem,
-    tile_query: u32,
+    variant: &'a Variant,
+    sm_count: u32,
 }
 
 impl Values<'_> {
@@ -260,27 +280,28 @@ impl Values<'_> {
     fn integer(&self, quantity: Quantity) -> i64 {
         let problem = self.problem;
         let size = |n: usize| n as i64;
-        let tiles = size(problem.seq_len_q.div_ceil(self.tile_query as usize));
         // A dense problem on a kernel with bands: everything is visible.
         let (lo, hi) = problem
             .band
             .map_or((-size(problem.seq_len_q), size(problem.seq_len_k)), |band| (band.lo.into(), band.hi.into()));
         match quantity {
             Quantity::Shape(tensor, dim) => size(self.layout(tensor).shape[dim]),
-            Quantity::Batch => size(problem.batch),
-            Quantity::NumHeadsQ => size(problem.num_heads_q),
-            Quantity::NumHeadsKv => size(problem.num_heads_kv),
-            Quantity::Group => size(problem.group()),
-            Quantity::SeqLenQ => size(problem.seq_len_q),
-            Quantity::SeqLenK => size(problem.seq_len_k),
-            Quantity::HeadDimQk => size(problem.head_dim_qk),
-            Quantity::HeadDimV => size(problem.head_dim_v),
             Quantity::BandLo => lo,
             Quantity::BandHi => hi,
-            Quantity::TilesQuery => tiles,
-            Quantity::NumTiles => tiles.saturating_mul(size(problem.num_heads_q)).saturating_mul(size(problem.batch)),
-            _ => 0,
+            Quantity::KeySplits => self.key_splits(),
+            other => count(problem, &self.variant.tile, other),
         }
+    }
+
+    /// Enough parts that every SM has a few, but none without a tile of keys.
+    fn key_splits(&self) -> i64 {
+        const CTAS_PER_SM: u64 = 4;
+        let tile = &self.variant.tile;
+        let num_tiles = count(self.problem, tile, Quantity::NumTiles).unsigned_abs();
+        let wanted = (CTAS_PER_SM * u64::from(self.sm_count)).div_ceil(num_tiles.max(1));
+        let tiles_key = (self.problem.seq_len_k as u64).div_ceil(tile.key.into());
+        let most = tiles_key.min(self.variant.max_key_splits.into()).max(1);
+        wanted.clamp(1, most) as i64
     }
 
     fn product(&self, factors: &[Factor]) -> Result<u64> {
@@ -293,5 +314,74 @@ impl Values<'_> {
             product = product.saturating_mul(value);
         }
         Ok(product)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::bundle::Manifest;
+    use crate::dtype::DType;
+
+    /// The first variant of the sample, with `key_splits` wherever it can be.
+    fn split_variant(max_key_splits: u32) -> Variant {
+        let (mut manifest, _) = crate::testing::sample();
+        let variant = &mut manifest["variants"][0];
+        variant["max_key_splits"] = json!(max_key_splits);
+        variant["workspace"] = json!([{"bytes": ["key_splits", "seq_len_q", 4]}]);
+        let launch = &mut variant["launches"][0];
+        launch["grid"] = json!({"x": ["num_tiles"], "y": ["key_splits"], "z": [], "max_ctas_per_sm": null});
+        launch["params"] = json!([{"kind": "i32", "value": "key_splits"}]);
+        let manifest = Manifest::parse(manifest.to_string().as_bytes()).expect("a manifest");
+        manifest.variants.into_iter().next().expect("a variant")
+    }
+
+    /// Bound to a variant whose tiles are 64 queries and 32 keys.
+    fn plan(max_key_splits: u32, seq_len_q: usize, seq_len_k: usize, sm_count: u32) -> Plan {
+        let strides = [1 << 30, 1 << 20, 64, 1];
+        let problem = Problem {
+            dtype: DType::F16,
+            batch: 1,
+            num_heads_q: 2,
+            num_heads_kv: 2,
+            seq_len_q,
+            seq_len_k,
+            head_dim_qk: 64,
+            head_dim_v: 64,
+            q_strides: strides,
+            k_strides: strides,
+            v_strides: strides,
+            out_strides: strides,
+            attn_mask: None,
+            band: None,
+            scale_bits: 0.125f32.to_bits(),
+            lse: false,
+        };
+        Plan::new(&split_variant(max_key_splits), &[FunctionHandle(1)], problem, sm_count).expect("a plan")
+    }
+
+    #[test]
+    fn keys_are_split_until_every_sm_has_work() {
+        for (max_key_splits, seq_len_q, seq_len_k, sm_count, expected) in [
+            (8, 64, 1024, 132, 8),
+            (1, 64, 1024, 132, 1),
+            (8, 64, 65, 132, 3),
+            (8, 64, 0, 132, 1),
+            (u32::MAX, 64, 1 << 30, 132, 264),
+            (8, 64 * 132, 1024, 132, 2),
+            (8, 64 * 131, 1024, 132, 3),
+            (8, 64 * 264, 1024, 132, 1),
+            (8, 64 * 265, 1024, 132, 1),
+            (8, 64, 1024, 1, 2),
+        ] {
+            let plan = plan(max_key_splits, seq_len_q, seq_len_k, sm_count);
+            let launch = &plan.launches[0];
+            let case = format!("{seq_len_q} x {seq_len_k}, up to {max_key_splits} on {sm_count} SMs");
+            assert_eq!(launch.grid, [2 * seq_len_q.div_ceil(64) as u32, expected, 1], "{case}");
+            assert_eq!(plan.workspace, [expected as usize * seq_len_q * 4], "{case}");
+            assert_eq!(launch.params.get(0), (expected as i32).to_ne_bytes(), "{case}");
+        }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::plan::count;
 use super::problem::Problem;
-use crate::bundle::manifest::{Manifest, MaskKind, Param, Variant};
+use crate::bundle::manifest::{Limit, Manifest, MaskKind, Param, Variant};
 use crate::dtype::DType;
 use crate::error::Unsupported;
 use crate::tensor::Layout;
@@ -69,6 +70,17 @@ pub enum Rejection {
     },
     /// The softmax scale must be positive.
     Scale,
+    /// Another variant was measured to be faster for such sizes.
+    Limit {
+        /// The quantity by its name in the manifest.
+        quantity: &'static str,
+        /// What the call has.
+        found: u64,
+        /// The smallest value that the variant is for.
+        low: u64,
+        /// The largest.
+        high: u64,
+    },
     /// TMA cannot address a tensor.
     TensorMap {
         /// Which tensor.
@@ -97,6 +109,9 @@ impl fmt::Display for Rejection {
             }
             Self::HeadDimAlign { found, needs } => write!(f, "rows of {found} bytes; needs multiples of {needs}"),
             Self::Scale => write!(f, "needs a positive scale"),
+            Self::Limit { quantity, found, low, high } => {
+                write!(f, "{quantity} is {found}; this kernel was tuned for {low} to {high}")
+            }
             Self::TensorMap { tensor, why } => write!(f, "TMA cannot address {tensor}: {why}"),
             Self::Outranked { by } => write!(f, "qualifies; {by} is preferred"),
         }
@@ -112,6 +127,8 @@ pub struct Explanation {
     pub arch: String,
     /// The variant that would run; `None` when none qualifies.
     pub chosen: Option<String>,
+    /// The sizes for which the chosen variant was measured to be the best; `None` when it is for all sizes.
+    pub rule: Option<String>,
     /// Every other candidate, with one reason.
     pub rejected: Vec<(String, Rejection)>,
 }
@@ -119,9 +136,10 @@ pub struct Explanation {
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} on {}", self.request, self.arch)?;
-        match &self.chosen {
-            Some(name) => writeln!(f, "  runs {name}")?,
-            None => writeln!(f, "  no kernel qualifies")?,
+        match (&self.chosen, &self.rule) {
+            (Some(name), Some(rule)) => writeln!(f, "  runs {name} ({rule})")?,
+            (Some(name), None) => writeln!(f, "  runs {name}")?,
+            (None, _) => writeln!(f, "  no kernel qualifies")?,
         }
         for (name, reason) in &self.rejected {
             writeln!(f, "  not {name}: {reason}")?;
@@ -152,7 +170,9 @@ fn rank(variant: &Variant) -> (i32, std::cmp::Reverse<&str>) {
 
 /// The whole decision.
 pub(crate) fn explain(manifest: &Manifest, problem: &Problem, align: BaseAlign) -> Explanation {
-    let chosen = select(manifest, problem, align).ok().map(|variant| variant.name.clone());
+    let variant = select(manifest, problem, align).ok();
+    let chosen = variant.map(|variant| variant.name.clone());
+    let limits = variant.map(|variant| &variant.when.limits).filter(|limits| !limits.0.is_empty());
     let rejected = manifest.variants.iter().filter(|v| chosen.as_ref() != Some(&v.name)).map(|variant| {
         let reason = reject(variant, problem, align)
             .unwrap_or_else(|| Rejection::Outranked { by: chosen.clone().unwrap_or_default() });
@@ -162,6 +182,7 @@ pub(crate) fn explain(manifest: &Manifest, problem: &Problem, align: BaseAlign) 
         request: problem.to_string(),
         arch: manifest.arch.clone(),
         chosen: chosen.clone(),
+        rule: limits.map(ToString::to_string),
         rejected: rejected.collect(),
     }
 }
@@ -207,7 +228,16 @@ fn reject_request(variant: &Variant, problem: &Problem) -> Option<Rejection> {
     if problem.band.is_some() && !when.band {
         return Some(Rejection::Band);
     }
-    (variant.requires.positive_scale && problem.scale() <= 0.0).then_some(Rejection::Scale)
+    if variant.requires.positive_scale && problem.scale() <= 0.0 {
+        return Some(Rejection::Scale);
+    }
+    when.limits.0.iter().find_map(|limit| reject_size(variant, problem, limit))
+}
+
+fn reject_size(variant: &Variant, problem: &Problem, limit: &Limit) -> Option<Rejection> {
+    let &Limit { name, quantity, low, high } = limit;
+    let found = count(problem, &variant.tile, quantity).unsigned_abs();
+    (!(low..=high).contains(&found)).then_some(Rejection::Limit { quantity: name, found, low, high })
 }
 
 fn reject_layout(variant: &Variant, problem: &Problem, align: BaseAlign) -> Option<Rejection> {

@@ -1,6 +1,9 @@
 //! The manifest: what each variant answers, requires, and how its launches are filled. See `docs/bundle.md`.
 
+use std::fmt;
+
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::dtype::DType;
 use crate::error::BundleError;
@@ -49,6 +52,8 @@ pub struct Variant {
     pub requires: Requires,
     /// Rows per step.
     pub tile: Tile,
+    /// Parts that the keys of one query tile are at most split into; 1 for a kernel that does not split them.
+    pub max_key_splits: u32,
     /// Tensors whose contents are secret: what the audit taints.
     pub secret: Vec<Quantity>,
     /// Scratch memory of one call.
@@ -71,6 +76,89 @@ pub struct When {
     pub band: bool,
     /// The kind of mask it takes; it takes no other.
     pub attn_mask: MaskKind,
+    /// Where it was measured to be the best choice.
+    pub limits: Limits,
+}
+
+/// The sizes a variant is for; empty means all.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Limits(pub Vec<Limit>);
+
+/// An inclusive range of a quantity.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limit {
+    /// The quantity's name.
+    pub name: &'static str,
+    /// The quantity.
+    pub quantity: Quantity,
+    /// The smallest value.
+    pub low: u64,
+    /// The largest value.
+    pub high: u64,
+}
+
+impl Limits {
+    /// What a limit may name: what a problem and the variant's tile alone decide.
+    const QUANTITIES: [(&'static str, Quantity); 10] = [
+        ("batch", Quantity::Batch),
+        ("num_heads_q", Quantity::NumHeadsQ),
+        ("num_heads_kv", Quantity::NumHeadsKv),
+        ("group", Quantity::Group),
+        ("seq_len_q", Quantity::SeqLenQ),
+        ("seq_len_k", Quantity::SeqLenK),
+        ("head_dim_qk", Quantity::HeadDimQk),
+        ("head_dim_v", Quantity::HeadDimV),
+        ("tiles_query", Quantity::TilesQuery),
+        ("num_tiles", Quantity::NumTiles),
+    ];
+
+    /// Adds a limit, or says what is wrong with it.
+    fn add(&mut self, name: &str, (low, high): (u64, u64)) -> Result<(), String> {
+        let found = Self::QUANTITIES.into_iter().find(|(known, _)| *known == name);
+        let (name, quantity) = found.ok_or_else(|| format!("{name:?} cannot be limited"))?;
+        if self.0.iter().any(|limit| limit.quantity == quantity) {
+            return Err(format!("{name} is limited twice"));
+        }
+        if low > high {
+            return Err(format!("{name} is limited to {low} to {high}"));
+        }
+        self.0.push(Limit { name, quantity, low, high });
+        Ok(())
+    }
+}
+
+impl<'de> Deserialize<'de> for Limits {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Ranges;
+
+        impl<'de> Visitor<'de> for Ranges {
+            type Value = Limits;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an inclusive range for each limited quantity")
+            }
+
+            // By hand because a map would quietly keep the last of two ranges for one quantity.
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Limits, A::Error> {
+                let mut limits = Limits::default();
+                while let Some((name, range)) = map.next_entry::<String, _>()? {
+                    limits.add(&name, range).map_err(A::Error::custom)?;
+                }
+                Ok(limits)
+            }
+        }
+
+        deserializer.deserialize_map(Ranges)
+    }
+}
+
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, Limit { name, low, high, .. }) in self.0.iter().enumerate() {
+            write!(f, "{}{name} in {low}..={high}", if index == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
 }
 
 /// The mask a variant takes.
@@ -332,6 +420,8 @@ pub enum Quantity {
     TilesQuery,
     /// Query tiles in all.
     NumTiles,
+    /// Parts that the keys of one query tile are split into.
+    KeySplits,
 }
 
 impl TryFrom<String> for Quantity {
@@ -361,6 +451,7 @@ impl Quantity {
             "scale_log2" => Self::ScaleLog2,
             "tiles_query" => Self::TilesQuery,
             "num_tiles" => Self::NumTiles,
+            "key_splits" => Self::KeySplits,
             _ => return Self::parse_dotted(name),
         };
         Some(simple)
@@ -429,6 +520,9 @@ impl Variant {
         }
         if !matches!(self.when.dtype, DType::F16 | DType::BF16) {
             return Err(format!("dtype {} has no kernels", self.when.dtype));
+        }
+        if self.max_key_splits == 0 {
+            return Err("max_key_splits is 0".into());
         }
         if self.launches.is_empty() {
             return Err("no launches".into());
@@ -509,6 +603,7 @@ impl Quantity {
                 | BandHi
                 | TilesQuery
                 | NumTiles
+                | KeySplits
         )
     }
 }

@@ -127,6 +127,11 @@ fn manifests_are_checked() {
     assert_eq!(variant(|variant| variant["tile"]["query"] = json!(0)), "a tile dimension is 0 or above 65536");
     assert_eq!(variant(|variant| variant["when"]["dtype"] = json!("f64")), "dtype f64 has no kernels");
     assert_eq!(variant(|variant| variant["launches"] = json!([])), "no launches");
+    assert_eq!(variant(|variant| variant["max_key_splits"] = json!(0)), "max_key_splits is 0");
+    assert!(variant(|variant| variant["max_key_splits"] = json!(null)).contains("invalid type: null"));
+    assert!(
+        variant(|variant| drop(variant.as_object_mut().expect("fields").remove("max_key_splits"))).contains("missing")
+    );
     assert_eq!(
         variant(|variant| variant["launches"][0]["block_threads"] = json!(1025)),
         "1025 threads per block, 1 blocks per cluster"
@@ -159,6 +164,34 @@ fn manifests_are_checked() {
     assert_eq!(params(json!(vec![json!({"kind": "i32", "value": "batch"}); 97])), "97 parameters");
     let maps = vec![json!({"kind": "tensor_map", "value": "q", "box": [64, 1, 1, 1], "swizzle": 128}); 17];
     assert_eq!(params(json!(maps)), "parameters of more than 2048 bytes");
+}
+
+#[test]
+fn limits_are_checked() {
+    let limits = |limits: Value| variant(|variant| variant["when"]["limits"] = limits);
+    let refused = |given: Value, message: &str| {
+        let found = limits(given);
+        assert!(found.contains(message), "{found}");
+    };
+    refused(json!({"seq_len_q": [2, 1]}), "seq_len_q is limited to 2 to 1");
+    refused(json!({"seq_len": [1, 2]}), "\"seq_len\" cannot be limited");
+    refused(json!({"key_splits": [1, 2]}), "\"key_splits\" cannot be limited");
+    refused(json!({"band_lo": [1, 2]}), "\"band_lo\" cannot be limited");
+    refused(json!({"batch": [-1, 2]}), "invalid value: integer `-1`");
+    refused(json!({"batch": [1, 2.5]}), "invalid type: floating point `2.5`");
+    refused(json!({"batch": [1]}), "invalid length 1");
+    refused(json!({"batch": [1, 2, 3]}), "manifest: ");
+    refused(json!({"batch": 1}), "invalid type: integer `1`");
+    refused(json!(null), "expected an inclusive range for each limited quantity");
+    refused(json!([]), "expected an inclusive range for each limited quantity");
+    assert!(
+        variant(|variant| drop(variant["when"].as_object_mut().expect("fields").remove("limits"))).contains("missing")
+    );
+
+    let (manifest, code) = sample();
+    let twice = manifest.to_string().replacen("\"limits\":{}", "\"limits\":{\"batch\":[0,9],\"batch\":[1,9]}", 1);
+    let message = refusal(&pack(twice.as_bytes(), &code));
+    assert!(message.contains("batch is limited twice"), "{message}");
 }
 
 #[test]

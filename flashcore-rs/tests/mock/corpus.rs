@@ -3,6 +3,7 @@
 use flashcore::testing::{pack, sample};
 
 use crate::fuzz::TARGETS;
+use crate::support::split_sample;
 use crate::workload::noise;
 
 #[test]
@@ -62,6 +63,10 @@ fn write_seeds() {
             write("bundle", "one-variant", &pack(one.as_bytes(), &code));
         }
     }
+    let (mut split, code) = split_sample();
+    write("bundle", "split", &pack(split.to_string().as_bytes(), &code));
+    split["variants"] = serde_json::json!([split["variants"][1]]);
+    write("manifest", "split", split.to_string().as_bytes());
     for seed in 0..8 {
         let bytes: Vec<u8> = noise(2048, seed).iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
         write("launch", &format!("noise-{seed}"), &bytes);

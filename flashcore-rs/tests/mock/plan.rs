@@ -8,8 +8,11 @@ use flashcore::{
     AttentionOptions, BundleError, CausalAlign, DType, DeviceBuffer, Error, Rejection, Result, Runtime, TensorView,
     TensorViewMut, Window,
 };
+use serde_json::json;
 
-use crate::support::{Call, Form, Operand, assert_sound, devices, mock, runtime, two_launches, with_bundle};
+use crate::support::{
+    Call, Form, Operand, assert_sound, devices, mock, runtime, split_keys, two_launches, with_bundle,
+};
 
 /// Runs a call on a fresh mock and gives the one launch that it makes.
 fn launched(call: &Call) -> LaunchRecord {
@@ -376,6 +379,90 @@ fn explain_names_one_reason_per_candidate() -> Result<()> {
     Ok(())
 }
 
+/// The sample bundle with two builds of its first kernel: tiles of 64 queries, for up to four of them and 99 queries; and
+/// of 128, for more queries.
+fn tuned() -> Vec<u8> {
+    let (mut manifest, code) = testing::sample();
+    let variants = manifest["variants"].as_array_mut().expect("variants");
+    let mut large = variants[0].clone();
+    variants[0]["when"]["limits"] = json!({"seq_len_q": [1, 99], "num_tiles": [1, 4]});
+    large["name"] = json!("large");
+    large["tile"]["query"] = json!(128);
+    large["launches"][0]["kernel"] = json!("large");
+    large["when"]["limits"] = json!({"seq_len_q": [100, 1 << 30]});
+    variants.push(large);
+    testing::pack(manifest.to_string().as_bytes(), &code)
+}
+
+#[test]
+fn limits_choose_among_builds() -> Result<()> {
+    let driver = Arc::new(MockDriver::default());
+    let runtime = with_bundle(&driver, Runtime::builder(), tuned())?;
+    for (batch, rows, expected) in [
+        (1, 1, "hopper.f16.none.dense.16"),
+        (2, 99, "hopper.f16.none.dense.16"),
+        (4, 64, "hopper.f16.none.dense.16"),
+        (4, 65, "hopper.f16.none.band.16"),
+        (5, 9, "hopper.f16.none.band.16"),
+        (1, 100, "large"),
+        (9, 200, "large"),
+    ] {
+        Call::new(DType::F16, [batch, 1, rows, 8], [batch, 1, 9, 8], 8).assert_same(&runtime);
+        let launch = driver.launches().pop().expect("a launch");
+        assert_eq!(launch.variant.as_deref(), Some(expected), "{batch} x {rows}");
+    }
+    assert_sound(&driver);
+    Ok(())
+}
+
+#[test]
+fn explain_says_which_rule_chose() -> Result<()> {
+    let driver = Arc::new(MockDriver::default());
+    let runtime = with_bundle(&driver, Runtime::builder(), tuned())?;
+    let explain = |rows: usize, scale: Option<f32>| {
+        let call = Call::new(DType::F16, [1, 1, rows, 8], [1, 1, 9, 8], 8);
+        let stream = runtime.stream()?;
+        let [q, k, v] = [call.query.upload(stream)?, call.key.upload(stream)?, call.value.upload(stream)?];
+        let attention = runtime.attention(&call.query.on(&q)?, &call.key.on(&k)?, &call.value.on(&v)?);
+        attention.options(AttentionOptions { scale, ..call.options }).explain()
+    };
+    let large = explain(100, None)?;
+    assert_eq!(large.rule.as_deref(), Some("seq_len_q in 100..=1073741824"));
+    assert!(large.to_string().contains("\n  runs large (seq_len_q in 100..=1073741824)\n"), "{large}");
+    let (_, reason) = large.rejected.iter().find(|(name, _)| name == "hopper.f16.none.dense.16").expect("a candidate");
+    assert_eq!(*reason, Rejection::Limit { quantity: "seq_len_q", found: 100, low: 1, high: 99 });
+    assert_eq!(reason.to_string(), "seq_len_q is 100; this kernel was tuned for 1 to 99");
+    let small = explain(99, None)?;
+    assert_eq!(small.rule.as_deref(), Some("num_tiles in 1..=4, seq_len_q in 1..=99"));
+    let without = explain(99, Some(-1.0))?;
+    assert_eq!((without.chosen.as_deref(), without.rule), (Some("portable.f16.none.band.16"), None));
+    Ok(())
+}
+
+#[test]
+fn keys_are_split_where_tiles_are_few() -> Result<()> {
+    let launches = |batch: usize, keys: usize| {
+        let driver = Arc::new(MockDriver::default());
+        let runtime = with_bundle(&driver, Runtime::builder(), split_keys())?;
+        Call::new(DType::F16, [batch, 2, 65, 16], [batch, 2, keys, 16], 16).with_lse().assert_same(&runtime);
+        assert_sound(&driver);
+        Ok::<_, Error>(driver.launches())
+    };
+    for (batch, keys, splits) in [(1, 20, 2), (1, 33, 3), (1, 900, 4), (66, 900, 2), (132, 20, 1)] {
+        let [parts, whole] = <[LaunchRecord; 2]>::try_from(launches(batch, keys)?).expect("two launches");
+        let tiles = 4 * batch as i64;
+        assert_eq!((i64::from(parts.grid[0]), i64::from(whole.grid[0])), ((tiles * splits).min(132), tiles * 4));
+        for launch in [&parts, &whole] {
+            assert_integers(launch, &[("key_splits", splits), ("num_tiles", tiles)]);
+        }
+        assert_eq!(pointer(&parts, "workspace.0"), pointer(&whole, "workspace.0"));
+        assert_ne!(pointer(&whole, "lse"), 0);
+    }
+    let [launch] = <[LaunchRecord; 1]>::try_from(launches(1, 19)?).expect("one launch");
+    assert_eq!(launch.variant.as_deref(), Some("portable.f16.none.band.16"), "too few keys");
+    Ok(())
+}
+
 #[test]
 fn an_empty_output_launches_nothing() -> Result<()> {
     let (driver, runtime) = mock();
@@ -439,7 +526,12 @@ fn calls_for(variant: &flashcore::bundle::Variant) -> Vec<Call> {
         (false, false) => high as usize - 1,
     };
     let (dim_qk, dim_v) = (dim(when.head_dim_qk), dim(when.head_dim_v));
-    let mut call = Call::new(when.dtype, [1, 2, 5, dim_qk], [1, 1, 7, dim_qk], dim_v).with_lse();
+    let at_least = |name: &str, usual: usize| {
+        let low = when.limits.0.iter().find(|limit| limit.name == name).map_or(0, |limit| limit.low);
+        usual.max(low as usize)
+    };
+    let (seq_q, seq_k) = (at_least("seq_len_q", 5), at_least("seq_len_k", 7));
+    let mut call = Call::new(when.dtype, [1, 2, seq_q, dim_qk], [1, 1, seq_k, dim_qk], dim_v).with_lse();
     let mask = match when.attn_mask {
         MaskKind::None => None,
         MaskKind::Bool => Some(DType::Bool),
@@ -447,7 +539,7 @@ fn calls_for(variant: &flashcore::bundle::Variant) -> Vec<Call> {
         MaskKind::Bf16 => Some(DType::BF16),
         MaskKind::F32 => Some(DType::F32),
     };
-    call.attn_mask = mask.map(|dtype| Operand::new(dtype, [1, 1, 5, 7], Form::CONTIGUOUS, 9));
+    call.attn_mask = mask.map(|dtype| Operand::new(dtype, [1, 1, seq_q, seq_k], Form::CONTIGUOUS, 9));
     let mut banded = call.clone();
     banded.options.causal = when.band;
     let negative =

@@ -1,10 +1,13 @@
 //! Over shapes, strides, alignments, masks and options: checks never panic, kernels stay inside the tensors, and outputs
 //! are those of the CPU backend.
 
-use flashcore::{AttentionOptions, CausalAlign, DType, Error, Layout, TensorView, Window};
+use std::sync::Arc;
+
+use flashcore::testing::MockDriver;
+use flashcore::{AttentionOptions, CausalAlign, DType, Error, Layout, Runtime, TensorView, Window};
 use proptest::prelude::*;
 
-use crate::support::{Call, Form, Operand, assert_sound, cases, mock};
+use crate::support::{Call, Form, Operand, assert_sound, cases, mock, split_keys, with_bundle};
 
 /// Numbers where arithmetic goes wrong.
 fn edge() -> impl Strategy<Value = u64> {
@@ -81,6 +84,14 @@ proptest! {
     #[test]
     fn outputs_are_those_of_the_cpu(call in call()) {
         let (driver, runtime) = mock();
+        call.assert_same(&runtime);
+        assert_sound(&driver);
+    }
+
+    #[test]
+    fn split_keys_give_the_same(call in call()) {
+        let driver = Arc::new(MockDriver::default());
+        let runtime = with_bundle(&driver, Runtime::builder(), split_keys()).expect("a runtime");
         call.assert_same(&runtime);
         assert_sound(&driver);
     }

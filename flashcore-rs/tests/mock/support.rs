@@ -9,7 +9,7 @@ use flashcore::{
 };
 use half::{bf16, f16};
 use proptest::prelude::ProptestConfig;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::workload::noise;
 
@@ -49,6 +49,39 @@ pub fn two_launches() -> Vec<u8> {
         variant["launches"] = json!([launch.clone(), launch]);
     }
     testing::pack(manifest.to_string().as_bytes(), &code)
+}
+
+/// The sample bundle, but with tiles of 16 keys in the variants with tensor maps, which go to up to four parts where tiles
+/// of queries are few; fewer than 20 keys are not for these variants.
+pub fn split_keys() -> Vec<u8> {
+    let (manifest, code) = split_sample();
+    testing::pack(manifest.to_string().as_bytes(), &code)
+}
+
+/// The manifest of [`split_keys`], and its code section.
+pub fn split_sample() -> (Value, Vec<u8>) {
+    let (mut manifest, code) = testing::sample();
+    let variants = manifest["variants"].as_array_mut().expect("variants");
+    for variant in variants.iter_mut().filter(|variant| variant["family"] == "hopper") {
+        variant["when"]["limits"] = json!({"seq_len_k": [20, 1 << 30]});
+        variant["tile"]["key"] = json!(16);
+        variant["max_key_splits"] = json!(4);
+        variant["workspace"] = json!([{"bytes": ["batch", "num_heads_q", "key_splits", "seq_len_q", 4 * 257]}]);
+        let mut parts = variant["launches"][0].clone();
+        parts["grid"]["x"] = json!(["num_tiles", "key_splits"]);
+        let params = parts["params"].as_array_mut().expect("params");
+        params.iter_mut().filter(|param| param["value"] == "lse").for_each(|lse| lse["value"] = json!("workspace.0"));
+        params.push(json!({"kind": "i32", "value": "key_splits"}));
+        let mut whole = variant["launches"][0].clone();
+        whole["kernel"] = json!("attention_combine");
+        whole["grid"] = json!({"x": ["num_tiles", 4], "y": [], "z": [], "max_ctas_per_sm": null});
+        let pointers = ["workspace.0", "out", "lse"].map(|name| json!({"kind": "ptr", "value": name}));
+        let sizes = ["num_tiles", "tiles_query", "seq_len_q", "head_dim_v", "key_splits"];
+        let sizes = sizes.map(|name| json!({"kind": "i32", "value": name}));
+        whole["params"] = pointers.into_iter().chain(sizes).collect();
+        variant["launches"] = json!([parts, whole]);
+    }
+    (manifest, code)
 }
 
 /// A mock with devices of these compute capabilities.

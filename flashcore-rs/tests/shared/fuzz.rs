@@ -86,7 +86,7 @@ impl Choices<'_> {
     }
 }
 
-const QUANTITIES: [&str; 22] = [
+const QUANTITIES: [&str; 23] = [
     "q",
     "k",
     "v",
@@ -109,12 +109,13 @@ const QUANTITIES: [&str; 22] = [
     "scale_log2",
     "tiles_query",
     "num_tiles",
+    "key_splits",
 ];
 
 fn quantity(choices: &mut Choices<'_>) -> String {
-    match choices.below(28) {
-        22 => format!("attn_mask.stride.{}", choices.of(&["batch", "head", "query", "key"])),
-        23..28 => {
+    match choices.below(29) {
+        23 => format!("attn_mask.stride.{}", choices.of(&["batch", "head", "query", "key"])),
+        24..29 => {
             let tensor = choices.of(&["q", "k", "v", "out"]);
             let dim = choices.of(&["batch", "head", "seq", "dim"]);
             format!("{tensor}.{}.{dim}", choices.of(&["stride", "shape"]))
@@ -141,6 +142,15 @@ fn param(choices: &mut Choices<'_>) -> Value {
         "f32" => json!({"kind": kind, "value": choices.of(&["scale", "scale_log2"])}),
         "ptr" => json!({"kind": kind, "value": choices.of(&QUANTITIES[..8])}),
         _ => json!({"kind": kind, "value": quantity(choices)}),
+    }
+}
+
+/// Mostly none: a call has to get past them.
+fn limits(choices: &mut Choices<'_>) -> Value {
+    match choices.below(8) {
+        0 => json!({quantity(choices): [choices.number(), choices.number()]}),
+        1 => json!({choices.of(&QUANTITIES[8..16]): [0, choices.number()]}),
+        _ => json!({}),
     }
 }
 
@@ -180,12 +190,14 @@ fn made_up_manifest(choices: &mut Choices<'_>, sha256: &str) -> Value {
                     "head_dim_v": range(choices),
                     "band": choices.byte() < 128,
                     "attn_mask": choices.of(&["none", "none", "bool", "f16", "bf16", "f32"]),
+                    "limits": limits(choices),
                 },
                 "requires": {
                     "base_align": align(choices), "stride_align": align(choices), "head_dim_align": align(choices),
                     "positive_scale": choices.byte() < 64,
                 },
                 "tile": {"query": choices.number() as u32, "key": 1 + choices.below(64), "head_dim": 64},
+                "max_key_splits": choices.number() as u32,
                 "secret": [],
                 "workspace": (0..choices.below(3)).map(|_| json!({"bytes": factors(choices)})).collect::<Vec<_>>(),
                 "launches": launches,

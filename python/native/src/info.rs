@@ -14,6 +14,8 @@ pub(crate) struct Explanation {
     arch: String,
     /// The kernel that would run; None when none qualifies.
     chosen: Option<String>,
+    /// The sizes for which that kernel was measured to be the best; None when it is for all sizes.
+    rule: Option<String>,
     /// Every other candidate, with one reason.
     rejected: Vec<(String, String)>,
 }
@@ -21,17 +23,18 @@ pub(crate) struct Explanation {
 impl From<flashcore::Explanation> for Explanation {
     fn from(explanation: flashcore::Explanation) -> Self {
         let rejected = explanation.rejected.into_iter().map(|(name, reason)| (name, reason.to_string())).collect();
-        let flashcore::Explanation { request, arch, chosen, .. } = explanation;
-        Self { request, arch, chosen, rejected }
+        let flashcore::Explanation { request, arch, chosen, rule, .. } = explanation;
+        Self { request, arch, chosen, rule, rejected }
     }
 }
 
 #[pymethods]
 impl Explanation {
     fn __str__(&self) -> String {
-        let verdict = match &self.chosen {
-            Some(name) => format!("runs {name}"),
-            None => "no kernel qualifies".into(),
+        let verdict = match (&self.chosen, &self.rule) {
+            (Some(name), Some(rule)) => format!("runs {name} ({rule})"),
+            (Some(name), None) => format!("runs {name}"),
+            (None, _) => "no kernel qualifies".into(),
         };
         let rejected: String = self.rejected.iter().map(|(name, reason)| format!("\n  not {name}: {reason}")).collect();
         format!("{} on {}\n  {verdict}{rejected}", self.request, self.arch)

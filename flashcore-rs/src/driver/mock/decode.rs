@@ -45,6 +45,20 @@ impl Arguments {
         self.values.iter().map(|(_, argument)| *argument)
     }
 
+    /// These, then those of a later launch.
+    pub(super) fn and(mut self, later: &Self) -> Self {
+        self.values.extend_from_slice(&later.values);
+        self
+    }
+
+    /// The address of the first scratch memory, which no two calls share.
+    pub(super) fn scratch(&self) -> Option<u64> {
+        self.named().find_map(|named| match named {
+            (Quantity::Workspace(_), Argument::Pointer(address)) => Some(address),
+            _ => None,
+        })
+    }
+
     /// The arguments that have names.
     pub(super) fn named(&self) -> impl Iterator<Item = (Quantity, Argument)> {
         self.values.iter().filter_map(|(quantity, argument)| Some(((*quantity)?, *argument)))

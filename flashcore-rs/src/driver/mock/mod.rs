@@ -168,6 +168,23 @@ struct Kernel {
     described: Option<Box<(Variant, Launch)>>,
 }
 
+/// A call, some of whose launches are done.
+#[derive(Debug)]
+struct Unfinished {
+    variant: Variant,
+    done: usize,
+    /// Of those launches.
+    arguments: Arguments,
+}
+
+impl Unfinished {
+    /// Whether this is its next launch. Variants may share code, so the variant of one launch may not be the call's.
+    fn expects(&self, launch: &Launch) -> bool {
+        let next = self.variant.launches.get(self.done);
+        next.is_some_and(|next| (&next.kernel, &next.code.sha256) == (&launch.kernel, &launch.code.sha256))
+    }
+}
+
 #[derive(Debug)]
 struct Fault {
     entry: Entry,
@@ -186,6 +203,8 @@ struct State {
     captures: HashMap<u64, Capture>,
     modules: HashMap<u64, String>,
     kernels: HashMap<u64, Kernel>,
+    /// Calls of several launches that have begun, by stream and scratch memory.
+    unfinished: HashMap<(u64, Option<u64>), Unfinished>,
     /// What the host has waited for; later operations follow it.
     host: Clock,
     next_handle: u64,
@@ -268,6 +287,7 @@ impl MockDriver {
             captures: HashMap::new(),
             modules: HashMap::new(),
             kernels: HashMap::new(),
+            unfinished: HashMap::new(),
             host: Clock::new(),
             next_handle: 0x10,
             ticks: 0,
@@ -617,11 +637,22 @@ impl State {
             }
             return;
         };
-        match decode::decode(variant, description, *grid, arguments) {
-            Ok(decoded) if variant.launches.len() == 1 => self.run_decoded(&at, ordinal, &decoded),
-            Ok(_) => self.touch_arguments(&at, ordinal, variant, arguments),
-            Err(_) if variant.launches.len() > 1 => self.touch_arguments(&at, ordinal, variant, arguments),
-            Err(why) => self.violation(format!("{}: {why}", variant.name)),
+        if variant.launches.len() > 1 {
+            self.touch_arguments(&at, ordinal, variant, arguments);
+        }
+        let call = (key, arguments.scratch());
+        let fresh = || Unfinished { variant: variant.clone(), done: 0, arguments: Arguments::default() };
+        let mut begun = self.unfinished.remove(&call).filter(|begun| begun.expects(description)).unwrap_or_else(fresh);
+        begun.done += 1;
+        begun.arguments = begun.arguments.and(arguments);
+        if begun.done < begun.variant.launches.len() {
+            self.unfinished.insert(call, begun);
+            return;
+        }
+        // The last launch finishes the work of all.
+        match decode::decode(&begun.variant, description, *grid, &begun.arguments) {
+            Ok(decoded) => self.run_decoded(&at, ordinal, &decoded),
+            Err(why) => self.violation(format!("{}: {why}", begun.variant.name)),
         }
     }
 
