@@ -100,15 +100,12 @@ class Order:
     one to two rounds, is dealt out tile by tile, the longest first, and back and forth: who got the longest of one
     round gets the shortest of the next (longest processing time first: Graham, 1969).
 
-    Heads with an odd number of tiles are taken two at a time, so that their tiles make pairs; where the number of heads
-    is odd too, the middle tile of each makes a pair with one that has no rows.
+    Heads with an odd number of tiles are taken two at a time (`FOLD`), so that their tiles make pairs; else, and where
+    the number of heads is odd too, the middle tile of each makes a pair with one that has no rows.
     """
 
-    cta: gl.tensor
-    ctas: gl.tensor
     fold: gl.tensor  # heads taken at a time, 1 or 2: a group
     tiles: gl.tensor  # of a group
-    per_group: gl.tensor  # pairs of a group
     rounds: gl.tensor  # of pairs
     pairs: gl.tensor  # of the rest: those of `groups` from `first_group` on, and, if `cut` > 0, of the group before
     groups: gl.tensor  # those from its pair `cut` on
@@ -119,9 +116,9 @@ class Order:
 
 
 @gluon.jit
-def _order(heads, tiles_query):
+def _order(heads, tiles_query, FOLD: gl.constexpr):
     ctas = gl.num_programs(0)
-    fold = 1 + (tiles_query & 1 & ~heads)
+    fold = 1 + (tiles_query & 1 & ~heads) if FOLD else gl.to_tensor(1)
     groups = heads // fold
     tiles = tiles_query * fold
     per_group = (tiles + 1) // 2
@@ -132,8 +129,7 @@ def _order(heads, tiles_query):
     groups -= first_group
     full = 2 * pairs // ctas
     last = 2 * pairs - full * ctas
-    cta = gl.program_id(0)
-    return Order(cta, ctas, fold, tiles, per_group, rounds, pairs, groups, first_group, cut, full, last)
+    return Order(fold, tiles, rounds, pairs, groups, first_group, cut, full, last)
 
 
 @gluon.aggregate
@@ -165,7 +161,7 @@ class Problem:
         """How many tiles this CTA computes."""
         if self.BAND:
             o = self.order
-            place = gl.where((o.full & 1) != 0, o.ctas - 1 - o.cta, o.cta)
+            place = gl.where((o.full & 1) != 0, gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(0))
             return 2 * o.rounds + o.full + (place < o.last).to(gl.int32)
         else:
             return (self.num_tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
@@ -175,20 +171,22 @@ class Problem:
         """The head (of all batches) and the tile in it that this CTA computes in its turn `turn`."""
         if self.BAND:
             o = self.order
+            ctas = gl.num_programs(0)
+            cta = gl.program_id(0)
             # In a round: pair `x` of all groups' pairs, first its long tile, then its short one.
-            x = (turn // 2) * o.ctas + o.cta
+            x = (turn // 2) * ctas + cta
             long = (turn & 1) == 0
             # Afterwards: tile `x` of the rest in order, all long ones by the pair's place in its group, then all short
             # ones, backwards. Places below `cut` have a pair in `groups` groups, the others one more.
             again = turn - 2 * o.rounds
-            r = again * o.ctas + gl.where((again & 1) != 0, o.ctas - 1 - o.cta, o.cta)
+            r = again * ctas + gl.where((again & 1) != 0, ctas - 1 - cta, cta)
             in_rest = again >= 0
             long = gl.where(in_rest, r < o.pairs, long)
             r = gl.where(r < o.pairs, r, 2 * o.pairs - 1 - r)
             above = r - o.cut * o.groups
             width = gl.maximum(gl.where(above < 0, o.groups, o.groups + (o.cut > 0).to(gl.int32)), 1)
             x = gl.where(in_rest, gl.where(above < 0, r, above), x)
-            divisor = gl.where(in_rest, width, o.per_group)
+            divisor = gl.where(in_rest, width, (o.tiles + 1) // 2)
             quotient = x // divisor
             remainder = x - quotient * divisor
             group = gl.where(remainder < o.groups, o.first_group + remainder, o.first_group - 1)
@@ -248,9 +246,9 @@ class Problem:
     def hidden(self, row, col, steps):
         """Whether the rows from `row` on see nothing of a tile's first block, the one at `col`, but others do.
 
-        Where a block has as many keys as a tile has rows this is too rare to ask for.
+        Of two warpgroups that take turns the other one decides when the next block is due.
         """
-        if self.BAND and self.CONSUMERS * self.ROWS > self.KEYS:
+        if self.BAND and self.CONSUMERS > 2:
             end = gl.minimum(row + self.ROWS + self.band_hi, self.seq_len_k)
             return (col >= end) & (steps > 1)
         else:
@@ -466,16 +464,16 @@ def _finish_part(p, partial, o, l, m, head, row):
 
 @gluon.jit
 def _finish_tile(p, out_desc, lse, out, o, l, m, head, row):
-    if lse.to(gl.int64) != 0:
-        rows = row + gl.arange(0, p.ROWS, layout=m.type.layout)
-        value = (m + _log2(l)) * LN_2
-        gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
     o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))
     tma.store_wait(0)  # the store of the tile before has read `out`
     gl.barrier()
     out.reshape(o.shape).store(o.to(out.dtype))
     fence_async_shared()
     tma.async_store(out_desc, [head // p.num_heads_q, head % p.num_heads_q, row, 0], out)
+    if lse.to(gl.int64) != 0:
+        rows = row + gl.arange(0, p.ROWS, layout=m.type.layout)
+        value = (m + _log2(l)) * LN_2
+        gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)
 
 
 @gluon.jit
@@ -515,9 +513,6 @@ def _consume(
             k_ring.release(blocks)
             v_ring.wait(blocks)
             v_ring.release(blocks)
-            if PING_PONG:
-                _take_turn(WG)
-                _pass_turn(WG)
             blocks += 1
             col -= p.KEYS
             steps -= 1
@@ -637,7 +632,7 @@ def attention_forward_hopper(
         gl.to_tensor(band_hi),
         gl.to_tensor(splits),
         heads,
-        _order(heads, tiles_query),
+        _order(heads, tiles_query, OWN_OUT),  # at head_dim 256 the registers do not suffice for more
         BAND,
         SPLIT,
         CONSUMERS,
