@@ -413,9 +413,23 @@ def environment() -> Row:
     }
 
 
+def label(name: str, dtype: str | None) -> str:
+    """What a set is called in the evidence."""
+    return f"{name}-{dtype}" if dtype else name
+
+
+def kept(args: argparse.Namespace) -> list[Row]:
+    """Rows of earlier evidence, but for the sets that are measured now."""
+    if args.into is None:
+        return []
+    now = {label(name, args.dtype) for name in args.sets.split(",")}
+    return [row for row in json.loads(args.into.read_text())["rows"] if row["set"] not in now]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--into", type=Path, metavar="FILE", help="keep this evidence's rows of other sets")
     parser.add_argument("--sets", default="forward", help=f"of {', '.join(SETS)}")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--impls", default="flashcore,cudnn,fa2", help="of flashcore, cudnn, fa2, fa3, fa4, flex")
@@ -429,7 +443,7 @@ def main() -> int:
 
     impls = implementations(args)
     document = {"schema": "flashcore.evidence/1", "topic": "forward", "commit": args.commit, "env": environment()}
-    rows: list[Row] = []
+    rows = kept(args)
     shuffle = random.Random(args.seed)
     for name in args.sets.split(","):
         for case in SETS[name]:
@@ -437,7 +451,7 @@ def main() -> int:
                 case = dataclasses.replace(case, dtype=args.dtype)
             if args.only not in case.name:
                 continue
-            found = [{"set": name} | row for row in measure(case, impls, args.rounds, shuffle)]
+            found = [{"set": label(name, args.dtype)} | row for row in measure(case, impls, args.rounds, shuffle)]
             show(case, found)
             rows += found
             args.json.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")

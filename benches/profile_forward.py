@@ -14,6 +14,7 @@ import csv
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,19 +41,24 @@ def launch(args: argparse.Namespace) -> None:
     torch.cuda.synchronize()
 
 
-def ncu(page: str, command: list[str]) -> list[list[str]]:
-    """The rows of one page of a profile, as CSV."""
-    sections = [word for section in SECTIONS for word in ("--section", section)]
-    options = ["--clock-control", "none", "-k", KERNELS, "-s", "2", "-c", "1", *sections, "--csv", "--page", page]
-    ran = subprocess.run(["ncu", *options, *command], capture_output=True, text=True, check=True)
-    return list(csv.reader(line for line in ran.stdout.splitlines() if line.startswith('"')))
+def ncu(*arguments: str) -> str:
+    return subprocess.run(["ncu", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def page(report: Path, name: str) -> list[list[str]]:
+    """The rows of one page of a report, as CSV."""
+    text = ncu("--import", str(report), "--csv", "--page", name)
+    return list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
 
 
 def profile(impl: str, case: str, command: list[str]) -> dict[str, Any]:
-    details = ncu("details", command)
+    sections = [word for section in SECTIONS for word in ("--section", section)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "forward.ncu-rep"
+        ncu("--clock-control", "none", "-k", KERNELS, "-s", "2", "-c", "1", *sections, "-o", str(report), *command)
+        details, source = page(report, "details"), page(report, "source")
     name, value = (details[0].index(column) for column in ("Metric Name", "Metric Value"))
     metrics = {row[name]: row[value] for row in details[1:] if row[name]}
-    source = ncu("source", [*command])
     head = next(i for i, row in enumerate(source) if "Source" in row)
     lines = [dict(zip(source[head], row, strict=True)) for row in source[head + 1 :] if len(row) == len(source[head])]
     return {"impl": impl, "case": case, "metrics": metrics, "instructions": mix(lines), "stalls": stalls(lines)}
