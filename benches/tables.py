@@ -164,8 +164,6 @@ NCU = {
     "L2 Cache Throughput": "L2 throughput, %",
     "DRAM Throughput": "DRAM throughput, %",
     "Achieved Occupancy": "occupancy, %",
-    "SM Frequency": "SM clock, Hz",
-    "Duration": "duration, ns",
     "Executed Instructions": "instructions",
 }
 
@@ -180,9 +178,8 @@ def ncu() -> str:
     body = [[label, *(row["metrics"].get(name, "-") for row in measured)] for name, label in NCU.items()]
     mixes = list(dict.fromkeys(name for row in measured for name in row["instructions"]))
     body += [[f"{name} per million", *(row["instructions"].get(name, "-") for row in measured)] for name in mixes]
-    body += [
-        [f"stall: {name}, %", *(row["stalls"].get(name, "-") for row in measured)] for name in measured[0]["stalls"]
-    ]
+    reasons = [name for name in measured[0]["stalls"] if any(row["stalls"].get(name, 0) >= 1 for row in measured)]
+    body += [[f"stall: {name}, %", *(row["stalls"].get(name, "-") for row in measured)] for name in reasons]
     return markdown(header, body) + source(document, path)
 
 

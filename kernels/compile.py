@@ -173,12 +173,14 @@ def check_interface(facts: CubinFacts, sizes: list[int], block_threads: int) -> 
         raise CompileError(f"the cubin wants {facts.block_threads} threads, the compiler said {block_threads}")
 
 
-def check_resources(arch: str, shared: int, scratch: int, log: str) -> None:
+def check_resources(arch: str, shared: int, scratch: int, spilled: int, log: str) -> None:
     """Refuse code that cannot be launched, or that ptxas says is slow."""
     if shared > ARCHES[arch]:
         raise CompileError(f"{shared} bytes of shared memory, and {arch} has {ARCHES[arch]}")
     if scratch:
         raise CompileError(f"the kernel asks for {scratch} bytes of scratch memory")
+    if spilled:
+        raise CompileError(f"{spilled} bytes of registers spilled: take a smaller tile")
     if warnings := re.findall(r".*\(C75\d\d\).*", log):
         raise CompileError("ptxas serialised WGMMA: " + " ".join(warnings))
 
@@ -189,7 +191,8 @@ def _compile_launch(spec: Spec, launch: Launch) -> Member:
     params = expand_params(launch, meta.tensordesc_meta)
     facts = cubin_facts(kernel.asm["cubin"])
     check_interface(facts, [size for _, size in params], 32 * meta.num_warps)
-    check_resources(spec.arch, meta.shared, meta.global_scratch_size + meta.profile_scratch_size, log)
+    scratch = meta.global_scratch_size + meta.profile_scratch_size
+    check_resources(spec.arch, meta.shared, scratch, facts.stack, log)
     # For PTX, registers and stack are those of the same text assembled for the lowest architecture it runs on.
     kind = "ptx" if spec.arch.startswith("compute_") else "cubin"
     code = kernel.asm["ptx"].encode() if kind == "ptx" else kernel.asm["cubin"]

@@ -166,6 +166,9 @@ class Tensor:
     def __xor__(self, y: Any) -> Tensor:
         return self._with(y, np.bitwise_xor)
 
+    def __invert__(self) -> Tensor:
+        return Tensor(np.invert(self.value))
+
     def __lt__(self, y: Any) -> Tensor:
         return self._with(y, np.less)
 

@@ -125,13 +125,15 @@ def test_what_cannot_be_built_is_an_error_that_names_it() -> None:
 
 
 def test_what_cannot_run_or_would_crawl_is_refused() -> None:
-    compile.check_resources("sm_86", 99 << 10, 0, "ptxas info    : Used 255 registers")
+    compile.check_resources("sm_86", 99 << 10, 0, 0, "ptxas info    : Used 255 registers")
     with pytest.raises(CompileError, match="shared memory"):
-        compile.check_resources("sm_86", (99 << 10) + 1, 0, "")
+        compile.check_resources("sm_86", (99 << 10) + 1, 0, 0, "")
     with pytest.raises(CompileError, match="scratch"):
-        compile.check_resources("sm_90a", 0, 128, "")
+        compile.check_resources("sm_90a", 0, 128, 0, "")
+    with pytest.raises(CompileError, match="spilled"):
+        compile.check_resources("sm_90a", 0, 0, 8, "")
     with pytest.raises(CompileError, match="serialised"):
-        compile.check_resources("sm_90a", 0, 0, "ptxas info    : (C7512) Potential Performance Loss: wgmma")
+        compile.check_resources("sm_90a", 0, 0, 0, "ptxas info    : (C7512) Potential Performance Loss: wgmma")
 
 
 def test_the_hash_covers_what_the_code_is_made_from() -> None:

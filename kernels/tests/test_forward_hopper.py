@@ -372,27 +372,29 @@ def test_rows_that_see_nothing_read_nothing(kernel: emulator.Kernel) -> None:
 # --- the order of the tiles under a band ---
 
 
-def deal(names: dict[str, Any], tiles_query: int, heads: int, ctas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def deal(
+    names: dict[str, Any], tiles_query: int, heads: int, ctas: int, fold: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How many tiles each CTA computes; head and tile by turn and CTA, for two turns more than anybody has."""
     emulator.enter(0, ctas)
-    order = names["_order"](emulator.scalar(heads * tiles_query), emulator.scalar(tiles_query))
-    everybody = replace(order, cta=emulator.Tensor(np.arange(ctas, dtype=np.int32)))
-    problem = SimpleNamespace(BAND=True, order=everybody)
+    order = names["_order"](emulator.scalar(heads), emulator.scalar(tiles_query), fold)
+    emulator.enter(np.arange(ctas), ctas)
+    problem = SimpleNamespace(BAND=True, order=order)
     counts = names["Problem"].tiles(problem).value
     turns = emulator.Tensor(np.arange(counts.max() + 2, dtype=np.int32)[:, None])
     head, tile = names["Problem"].place(problem, turns)
     return counts, head.value, tile.value
 
 
-def check_order(names: dict[str, Any], tiles_query: int, heads: int, ctas: int) -> None:
-    """Every tile once; where their number is odd also one more, which has no rows."""
-    counts, head, tile = deal(names, tiles_query, heads, ctas)
+def check_order(names: dict[str, Any], tiles_query: int, heads: int, ctas: int, fold: bool = True) -> None:
+    """Every tile once; where a head's middle tile finds no partner also one more in each, which has no rows."""
+    counts, head, tile = deal(names, tiles_query, heads, ctas, fold)
     assert counts.min() >= 1, "the kernel needs a tile in each CTA"
     mine = np.arange(len(head))[:, None] < counts
     head, tile = head[mine], tile[mine]
-    even = tiles_query + tiles_query % 2
-    assert head.min() >= 0 and head.max() < heads and tile.min() >= 0 and tile.max() < even
-    np.testing.assert_array_equal(np.sort(head * even + tile), np.arange(heads * even))
+    all_tiles = tiles_query + (tiles_query % 2 and (heads % 2 or not fold))
+    assert head.min() >= 0 and head.max() < heads and tile.min() >= 0 and tile.max() < all_tiles
+    np.testing.assert_array_equal(np.sort(head * all_tiles + tile), np.arange(heads * all_tiles))
 
 
 def balance(names: dict[str, Any], tiles_query: int, heads: int, ctas: int) -> float:
@@ -420,7 +422,8 @@ def test_the_order_has_every_tile_once(tiles_query: int) -> None:
     names = emulator.load(SOURCE)
     for heads in (*range(1, 20), 31, 32, 63, 64, 100, 257):
         for ctas in CTAS:
-            check_order(names, tiles_query, heads, min(ctas, heads * tiles_query))
+            for fold in (True, False):
+                check_order(names, tiles_query, heads, min(ctas, heads * tiles_query), fold)
 
 
 @pytest.mark.parametrize("tiles_query", [4, 8, 16, 32, 64, 128])
@@ -547,9 +550,6 @@ FAULTS: dict[str, list[Edit]] = {
     "hidden: value kept": [swap("            v_ring.wait(blocks)\n            v_ring.release(blocks)\n", "")],
     "hidden: key released unseen": [swap("k_ring.wait(blocks)\n            k_ring.release", "k_ring.release")],
     "hidden: value released unseen": [swap("v_ring.wait(blocks)\n            v_ring.release", "v_ring.release")],
-    "hidden: no turn": [
-        swap("            if PING_PONG:\n                _take_turn(WG)\n                _pass_turn(WG)\n", "")
-    ],
     "hidden: not counted": [drop("blocks += 1")],
     "hidden: same keys": [drop("col -= p.KEYS")],
     "hidden: as many steps": [drop("steps -= 1")],
@@ -626,15 +626,27 @@ FAULTS: dict[str, list[Edit]] = {
         swap("    full = 2 * pairs // ctas\n", "    cut = gl.to_tensor(0)\n    full = 2 * pairs // ctas\n")
     ],
     "order: cut one less": [swap("cut = rounds * ctas - (", "cut = rounds * ctas - 1 - (")],
-    "order: cut head": [swap("o.first_head + remainder, o.first_head - 1)", "o.first_head + remainder, o.first_head)")],
-    "order: cut width": [swap("o.heads + (o.cut > 0).to(gl.int32)", "o.heads")],
+    "order: cut head": [
+        swap("o.first_group + remainder, o.first_group - 1)", "o.first_group + remainder, o.first_group)")
+    ],
+    "order: cut width": [swap("o.groups + (o.cut > 0).to(gl.int32)", "o.groups")],
     "order: cut not added": [swap("gl.where(above < 0, 0, o.cut)", "0")],
-    "order: first head rounded down": [swap("(rounds * ctas + per_head - 1) // per_head", "rounds * ctas // per_head")],
-    "order: odd number of tiles": [swap("per_head = (tiles_query + 1) // 2", "per_head = tiles_query // 2")],
-    "order: the same end twice": [swap("2 * o.per_head - 1 - pair, pair)", "o.per_head + pair, pair)")],
-    "order: not back and forth": [swap("gl.where((again & 1) != 0, o.ctas - 1 - o.cta, o.cta)", "o.cta")],
-    "order: who has one more": [swap("gl.where((o.full & 1) != 0, o.ctas - 1 - o.cta, o.cta)", "o.cta")],
-    "order: all in rounds": [swap("gl.maximum(heads * per_head // ctas - 1, 0)", "heads * per_head // ctas")],
+    "order: first group rounded down": [
+        swap("(rounds * ctas + per_group - 1) // per_group", "rounds * ctas // per_group")
+    ],
+    "order: odd number of tiles": [swap("per_group = (tiles + 1) // 2", "per_group = tiles // 2")],
+    "order: the same end twice": [swap("o.tiles - 1 - short_tile\n", "o.tiles // 2 + short_tile\n")],
+    "order: the middle twice": [swap("gl.where(short_tile == long_tile, o.tiles, short_tile)", "short_tile")],
+    "order: an odd number of heads folded": [swap("(tiles_query & 1 & ~heads)", "(tiles_query & 1)")],
+    "order: one head of a group": [swap("group * o.fold + (tile & (o.fold - 1))", "group * o.fold")],
+    "order: not back and forth": [swap("gl.where((again & 1) != 0, ctas - 1 - cta, cta)", "cta")],
+    "order: who has one more": [
+        swap(
+            "gl.where((o.full & 1) != 0, gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(0))",
+            "gl.program_id(0)",
+        )
+    ],
+    "order: all in rounds": [swap("gl.maximum(groups * per_group // ctas - 1, 0)", "groups * per_group // ctas")],
     "order: short ones first": [
         swap("gl.where(r < o.pairs, r, 2 * o.pairs - 1 - r)", "gl.where(r < o.pairs, r, r - o.pairs)")
     ],
@@ -644,7 +656,7 @@ FAULTS: dict[str, list[Edit]] = {
     "split: beyond the part": [drop("begin = gl.maximum(begin, end - part)")],
     "split: before the first block": [swap("begin = gl.maximum(begin, end - part)", "begin = end - part")],
     "split: head": [swap("head = head // p.splits", "head = head % p.splits")],
-    "split: sums among the outputs": [swap("partial + p.order.heads_total.to(gl.int64) * p.seq_len_q * D", "partial")],
+    "split: sums among the outputs": [swap("partial + p.heads.to(gl.int64) * p.seq_len_q * D", "partial")],
     "split: sums beyond the rows": [
         swap(
             "gl.store(sums + rows, m + _log2(l), mask=row + rows < p.seq_len_q)", "gl.store(sums + rows, m + _log2(l))"
@@ -698,6 +710,10 @@ SUITE = [
     Case(seq=(48, 47)),
     Case(seq=(47, 95), band=(-FAR, 1)),
     Case(seq=(70, 60), band=(-9, -1), ctas=1, keys=8),
+    Case(heads=(1, 6, 1), seq=(32, 48), ctas=1, stages=6),
+    Case(heads=(1, 2, 1), seq=(48, 48), consumers=3, keys=64, band=(-FAR, -20)),
+    Case(heads=(1, 2, 1), seq=(96, 96), consumers=3, keys=8, band=(-FAR, 1)),
+    Case(heads=(1, 12, 1), seq=(96, 96), ctas=1, consumers=3, keys=8).causal(),
     Case(lse=False),
     Case(heads=(1, 4, 1), seq=(96, 96), ctas=1, consumers=3, band=(-30, -20)),
     Case(seq=(40, 70), splits=3),

@@ -101,8 +101,10 @@ def test_variants_from_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert named.keys() == {
         f"{dtype}.d64.{kind}" for dtype in specs.ELEMENT for kind in ("dense.q128", "dense.q192", "band")
     }
-    assert named["bf16.d64.dense.q128"].when.limits == {"seq_len_q": (1, 255)}
-    assert named["f16.d64.dense.q192"].when.limits == {"seq_len_q": (256, 1 << 30)}
+    # The first answers what no other does; a later one also needs enough tiles.
+    assert named["bf16.d64.dense.q128"].when.limits == {}
+    assert named["f16.d64.dense.q192"].when.limits == {"seq_len_q": (256, 1 << 30), "num_tiles": (330, 1 << 30)}
+    assert named["f16.d64.dense.q192"].priority > named["f16.d64.dense.q128"].priority
     assert named["f16.d64.dense.q192"].tile.query == 192
     assert named["f16.d64.band"].when.limits == {}
     assert named["f16.d64.band"].launches[0].constexprs["CONSUMERS"] == 3
