@@ -531,7 +531,8 @@ fn calls_for(variant: &flashcore::bundle::Variant) -> Vec<Call> {
         usual.max(low as usize)
     };
     let (seq_q, seq_k) = (at_least("seq_len_q", 5), at_least("seq_len_k", 7));
-    let mut call = Call::new(when.dtype, [1, 2, seq_q, dim_qk], [1, 1, seq_k, dim_qk], dim_v).with_lse();
+    let heads = at_least("num_tiles", 1).div_ceil(seq_q.div_ceil(variant.tile.query as usize)).max(2);
+    let mut call = Call::new(when.dtype, [1, heads, seq_q, dim_qk], [1, 1, seq_k, dim_qk], dim_v).with_lse();
     let mask = match when.attn_mask {
         MaskKind::None => None,
         MaskKind::Bool => Some(DType::Bool),
