@@ -183,6 +183,33 @@ def ncu() -> str:
     return markdown(header, body) + source(document, path)
 
 
+def matrix() -> str:
+    path = "h200/forward-correctness.json"
+    document = evidence(path)
+    if document is None:
+        return "Not measured yet."
+    header = [
+        "what ran",
+        "problems",
+        "pass",
+        "largest error / bound",
+        "largest LSE error / bound",
+        "run again, not the same bits",
+    ]
+    body = [
+        [
+            row["run"],
+            row["problems"],
+            row["passed"],
+            f"{row['worst_error_over_bound']:.2f}",
+            f"{row['worst_lse_over_bound']:.2f}",
+            f"{row['irreproducible']} of {row['repeated']}",
+        ]
+        for row in rows(document, "matrix")
+    ]
+    return markdown(header, body) + source(document, path)
+
+
 FORWARD = "h200/forward.json"
 PEERS = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "flex": "FlexAttention"}
 
@@ -251,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"forward-{name}": forward(name, "us") for name in ("long", "small")},
     "forward-f16": forward("forward-f16", "tflops"),
     "forward-ncu": ncu,
+    "forward-correctness": matrix,
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,
