@@ -9,8 +9,8 @@ use crate::tensor::{Device, Layout, TensorView, TensorViewMut};
 
 /// The largest head_dim that kernels exist for.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
-/// Row numbers and band offsets are added in 32 bits.
-const MAX_SEQ_LEN: usize = 1 << 30;
+/// Kernels add a row number, a band offset of up to this and 1 in 32 bits.
+const MAX_SEQ_LEN: usize = (1 << 30) - 1;
 
 /// A call that has passed every check.
 #[derive(Debug, Clone, Copy)]
