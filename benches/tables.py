@@ -46,11 +46,25 @@ def source(document: dict[str, Any], path: str) -> str:
     return f"\n\nFrom `evidence/{path}`: {card}, commit `{document['commit'][:12]}`."
 
 
-def correctness() -> str:
-    path = "h200/first-light.json"
-    document = evidence(path)
-    if document is None:
-        return "Not measured yet."
+Table = Callable[[], str]
+
+
+def of(path: str) -> Callable[[Callable[[dict[str, Any]], str | None]], Table]:
+    """A table made of one evidence file, which it names; of a missing file, or of None, it says "Not measured yet."."""
+
+    def decorate(make: Callable[[dict[str, Any]], str | None]) -> Table:
+        def table() -> str:
+            document = evidence(path)
+            made = make(document) if document is not None else None
+            return "Not measured yet." if document is None or made is None else made + source(document, path)
+
+        return table
+
+    return decorate
+
+
+@of("h200/first-light.json")
+def correctness(document: dict[str, Any]) -> str:
     cases = rows(document, "correct")
     families = list(dict.fromkeys(row["case"]["family"] for row in cases))
     body = [_family(name, [row for row in cases if row["case"]["family"] == name]) for name in families]
@@ -60,7 +74,7 @@ def correctness() -> str:
     same = sum(row["irreproducible"] == 0 for row in repeats)
     header = ["family", "problems", "pass", "largest error / bound", "geomean e / e_ref", "largest LSE error / bound"]
     tail = f"\n\n{same} of {len(repeats)} sampled problems gave the same bits in every one of {runs} runs."
-    return markdown(header, body) + tail + source(document, path)
+    return markdown(header, body) + tail
 
 
 def _family(name: str, cases: Rows) -> list[object]:
@@ -77,12 +91,11 @@ def _family(name: str, cases: Rows) -> list[object]:
     ]
 
 
-def configurations() -> str:
-    path = "h200/first-light.json"
-    document = evidence(path)
-    measured = rows(document, "configuration") if document else []
-    if document is None or not measured:
-        return "Not measured yet."
+@of("h200/first-light.json")
+def configurations(document: dict[str, Any]) -> str | None:
+    measured = rows(document, "configuration")
+    if not measured:
+        return None
     header = [
         "S, B",
         "FlashCore call / device",
@@ -96,7 +109,7 @@ def configurations() -> str:
 Microseconds, 8 heads, head_dim 64, fp16, dense; medians of interleaved rounds in one process. call: an event pair
 around one call with an empty queue; device: one of 50 launches in a CUDA graph; best other: the fastest SDPA backend;
 floor: the bytes or operations at the card's measured ceilings."""
-    return markdown(header, map(_configuration, measured)) + tail + source(document, path)
+    return markdown(header, map(_configuration, measured)) + tail
 
 
 def _configuration(row: dict[str, Any]) -> list[object]:
@@ -114,22 +127,15 @@ def _configuration(row: dict[str, Any]) -> list[object]:
     ]
 
 
-def ptx() -> str:
-    path = "h200/first-light-ptx.json"
-    document = evidence(path)
-    if document is None:
-        return "Not measured yet."
+@of("h200/first-light-ptx.json")
+def ptx(document: dict[str, Any]) -> str:
     cases = rows(document, "correct")
     passed = sum(row["correct"] for row in cases)
-    text = f"The PTX meant for GPUs that nobody built for, forced: {passed} of {len(cases)} problems pass."
-    return text + source(document, path)
+    return f"The PTX meant for GPUs that nobody built for, forced: {passed} of {len(cases)} problems pass."
 
 
-def sanitizer() -> str:
-    path = "h200/sanitizer.json"
-    document = evidence(path)
-    if document is None:
-        return "Not measured yet."
+@of("h200/sanitizer.json")
+def sanitizer(document: dict[str, Any]) -> str:
     header = ["tool", "run", "errors", "as expected", "first finding"]
     body = [
         [
@@ -141,19 +147,16 @@ def sanitizer() -> str:
         ]
         for row in document["rows"]
     ]
-    return markdown(header, body) + source(document, path)
+    return markdown(header, body)
 
 
-def host(kind: str, header: list[str], fields: list[str]) -> Callable[[], str]:
+def host(kind: str, header: list[str], fields: list[str]) -> Table:
     """A table of `evidence/reliability.json`, which is about the host and needs no GPU."""
 
-    def table() -> str:
-        path = "reliability.json"
-        document = evidence(path)
-        if document is None:
-            return "Not measured yet."
+    @of("reliability.json")
+    def table(document: dict[str, Any]) -> str:
         body = [[f"{row[f]:,}" if isinstance(row[f], int) else row[f] for f in fields] for row in rows(document, kind)]
-        return markdown(header, body) + source(document, path)
+        return markdown(header, body)
 
     return table
 
@@ -168,11 +171,8 @@ NCU = {
 }
 
 
-def ncu() -> str:
-    path = "h200/ncu-forward.json"
-    document = evidence(path)
-    if document is None:
-        return "Not measured yet."
+@of("h200/ncu-forward.json")
+def ncu(document: dict[str, Any]) -> str:
     measured = document["rows"]
     header = ["", *(f"{row['impl']}, {row['case']}" for row in measured)]
     body = [[label, *(row["metrics"].get(name, "-") for row in measured)] for name, label in NCU.items()]
@@ -180,14 +180,11 @@ def ncu() -> str:
     body += [[f"{name} per million", *(row["instructions"].get(name, "-") for row in measured)] for name in mixes]
     reasons = [name for name in measured[0]["stalls"] if any(row["stalls"].get(name, 0) >= 1 for row in measured)]
     body += [[f"stall: {name}, %", *(row["stalls"].get(name, "-") for row in measured)] for name in reasons]
-    return markdown(header, body) + source(document, path)
+    return markdown(header, body)
 
 
-def matrix() -> str:
-    path = "h200/forward-correctness.json"
-    document = evidence(path)
-    if document is None:
-        return "Not measured yet."
+@of("h200/forward-correctness.json")
+def matrix(document: dict[str, Any]) -> str:
     header = [
         "what ran",
         "problems",
@@ -207,21 +204,21 @@ def matrix() -> str:
         ]
         for row in rows(document, "matrix")
     ]
-    return markdown(header, body) + source(document, path)
+    return markdown(header, body)
 
 
 FORWARD = "h200/forward.json"
 PEERS = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "flex": "FlexAttention"}
 
 
-def forward(name: str, unit: str) -> Callable[[], str]:
+def forward(name: str, unit: str) -> Table:
     """One set of cases of `evidence/h200/forward.json`: TFLOP/s, or microseconds, of everything that ran."""
 
-    def table() -> str:
-        document = evidence(FORWARD)
-        cases = _by_case([row for row in document["rows"] if row["set"] == name]) if document else {}
-        if document is None or not cases:
-            return "Not measured yet."
+    @of(FORWARD)
+    def table(document: dict[str, Any]) -> str | None:
+        cases = _by_case([row for row in document["rows"] if row["set"] == name])
+        if not cases:
+            return None
         names = {"flashcore": "FlashCore", **PEERS, "portable": "portable Triton"}
         shown = [impl for impl in names if any("ms" in rows.get(impl, {}) for rows in cases.values())]
         header = [
@@ -232,7 +229,7 @@ def forward(name: str, unit: str) -> Callable[[], str]:
             "of cuDNN (95 % low)",
         ]
         body = [_forward_row(rows, shown, unit) for rows in cases.values()]
-        return markdown(header, body) + _forward_summary(cases) + source(document, FORWARD)
+        return markdown(header, body) + _forward_summary(cases)
 
     return table
 
@@ -270,7 +267,7 @@ def _forward_summary(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
     return f"\n\nGeometric mean against the best peer of each row: {geomean(best)}; the worst row: {min(best):.2f}."
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Table] = {
     **{
         f"forward-{name}": forward(name, "tflops")
         for name in ("forward", "heads", "gqa", "window", "ragged", "head_dims")
