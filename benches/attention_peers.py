@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import replay, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -308,32 +309,15 @@ class Arm:
         if not self.error < 0.02:
             raise Unsupported(f"wrong: relative error {self.error}")
         del out
-        once = self.timed(self.launch)
+        once = timed(self.launch)
         self.launches = max(1, min(MAX_LAUNCHES, round(TURN_MS / once)))
         # One output buffer serves all launches of the graph: its own pool, and each result dies at once.
         with torch.cuda.graph(self.graph):
             for _ in range(self.launches):
                 self.launch()
 
-    @staticmethod
-    def timed(work: Launch) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
-
     def turn(self) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The first replay keeps the device busy until the second is queued, and brings clocks and caches to its state.
-        self.graph.replay()
-        start.record()
-        self.graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        self.ms.append(start.elapsed_time(end) / self.launches)
+        self.ms.append(replay(self.graph) / self.launches)
 
 
 def measure(case: Case, impls: dict[str, Implementation], rounds: int, shuffle: random.Random) -> Iterator[Row]:
@@ -397,7 +381,7 @@ def show(case: Case, rows: list[Row]) -> None:
 def matmul_peak() -> float:
     """TFLOP/s of the vendor's 8192^3 bf16 matrix product."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = [Arm.timed(lambda: a @ b) for _ in range(30)]
+    times = [timed(lambda: a @ b) for _ in range(30)]
     return 2 * 8192**3 / statistics.median(times[5:]) / 1e9
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import replay
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -221,14 +222,7 @@ class Arm:
         return start.elapsed_time(end) * 1e3, (time.perf_counter() - began) * 1e6
 
     def launch_time(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The first replay keeps the device busy until the second is queued, so that no host time is measured.
-        self.graph.replay()
-        start.record()
-        self.graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e3 / LAUNCHES
+        return replay(self.graph) * 1e3 / LAUNCHES
 
     def summary(self) -> Row:
         return {
