@@ -227,13 +227,14 @@ def fa3(library: Path) -> Implementation:
     torch.ops.load_library(str(library))
     operator = torch.ops.sgl_kernel.fwd.default
     # The operator has no defaults of its own: what is not said here is None, 0 or False by the type of the argument.
+    # A `num_splits` of 0 leaves the number of key splits to its heuristic.
     blank = {"int": 0, "bool": False, "float": 0.0, "SymInt": 0}
 
     def prepare(case: Case, x: Tensors) -> Launch:
         q, k, v = x.by_seq()
         left, right = window_sides(case)
         given = {"q": q, "k": k, "v": v, "is_causal": case.causal, "softmax_scale": case.head_dim**-0.5}
-        given |= {"window_size_left": left, "window_size_right": right, "num_splits": 1 if case.seq_q > 4096 else 0}
+        given |= {"window_size_left": left, "window_size_right": right}
         arguments = [given.get(a.name, blank.get(str(a.type))) for a in operator._schema.arguments]
         return lambda: operator(*arguments)[0].transpose(1, 2)
 
