@@ -207,6 +207,53 @@ def matrix(document: dict[str, Any]) -> str:
     return markdown(header, body)
 
 
+HEAD_DIMS, MASKS = (64, 128, 256), ("dense", "causal")
+# What changed; the exploratory run, and its arms that had it not and had it; where the arms differ in nothing else.
+TRIALS: list[tuple[str, int, str, str, tuple[int, ...], tuple[str, ...]]] = [
+    ("Wait for P V before the maxima, not after the exponentials", 1, "flashcore", "noedge", HEAD_DIMS, MASKS),
+    ("No turns between two warpgroups, first version", 1, "flashcore", "nopp", HEAD_DIMS, MASKS),
+    ("Waits through inline assembly", 1, "flashcore", "asmwait", HEAD_DIMS, MASKS),
+    ("Dense: a CTA for each tile; causal: round-robin instead", 1, "flashcore", "flip", HEAD_DIMS, MASKS),
+    ("All of the query in registers, first version", 2, "flashcore", "qreg", (64, 128), MASKS),
+    ("Three warpgroups, first version", 2, "flashcore", "x3", (64,), MASKS),
+    ("Heads in sections of 16, longest tile first", 2, "flashcore", "lpt16", HEAD_DIMS, ("causal",)),
+    ("Wait after the maxima; loops by edges; pairs of tiles", 3, "flashcore", "mid", HEAD_DIMS, MASKS),
+    ("Tiles overlap, one query", 4, "mid", "flat", (64, 128), MASKS),
+    ("Tiles overlap, two queries", 5, "mid", "flat", (64, 128), MASKS),
+    ("Half of the query in registers", 6, "mid", "midh", (256,), MASKS),
+    ("Half of the query in registers", 6, "mid", "midhh", (128,), MASKS),
+    ("Wait for the values in use", 7, "edge1", "base", HEAD_DIMS, MASKS),
+    ("Tiles overlap, loads in its order", 8, "base", "b", (128,), MASKS),
+    ("No turns between two warpgroups, second version", 9, "base", "basenp2", HEAD_DIMS, MASKS),
+    ("All of the query in registers, tiles do not overlap", 11, "a", "ah", (64,), ("causal",)),
+]
+
+
+@of("h200/forward-trials.json")
+def trials(document: dict[str, Any]) -> str:
+    columns = [(head_dim, mask) for head_dim in HEAD_DIMS for mask in MASKS]
+    body: list[list[object]] = []
+    for label, run, before, after, head_dims, masks in TRIALS:
+        ms = {(row["impl"], json.dumps(row["case"])): row["ms"] for row in document["rows"] if row["run"] == run}
+        body.append(
+            [
+                label,
+                *(
+                    _gain(ms, before, after, d, mask) if d in head_dims and mask in masks else "-"
+                    for d, mask in columns
+                ),
+            ]
+        )
+    return markdown(["change", *(f"{head_dim}, {mask}" for head_dim, mask in columns)], body)
+
+
+def _gain(ms: dict[tuple[str, str], float], before: str, after: str, head_dim: int, mask: str) -> str:
+    """How many times faster the second arm is than the first, over the cases of a head_dim and mask."""
+    cases = {key: json.loads(key) for impl, key in ms if impl == after}
+    wanted = [key for key, case in cases.items() if (case["D"], case["mask"]) == (head_dim, mask)]
+    return geomean(ms[before, key] / ms[after, key] for key in wanted)
+
+
 FORWARD = "h200/forward.json"
 PEERS = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "flex": "FlexAttention"}
 
@@ -276,6 +323,7 @@ TABLES: dict[str, Table] = {
     "forward-f16": forward("forward-f16", "tflops"),
     "forward-ncu": ncu,
     "forward-correctness": matrix,
+    "forward-trials": trials,
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,
