@@ -433,8 +433,7 @@ SPLIT_HEAD_DIMS = (64, 128)  # at 256 it spills
 
 def hopper_split(dtype: str, head_dim: int, band: bool) -> Spec:
     """For few and long rows: the keys of a tile go to several CTAs, and a second launch puts the parts together."""
-    whole = hopper(dtype, head_dim, band, HOPPER_SHAPES[head_dim])
-    shape = HOPPER_SHAPES[head_dim]
+    whole, shape = hopper(dtype, head_dim, band), HOPPER_SHAPES[head_dim]
     # Whole tiles leave SMs idle: under a band the short ones are done long before the long ones. Writing and reading
     # the parts costs about as much as 16 blocks of keys.
     limits = {"num_tiles": (1, SMS - 1 if band else SMS // 2), "seq_len_k": (4096, MAX_SIZE)}

@@ -36,7 +36,6 @@ CANDIDATES = {
 HEADS = {64: 32, 128: 16, 256: 8}
 SEQ_LENS = tuple(1 << n for n in range(7, 15))
 TOKENS = 16384
-MAX_SEQ_LEN = 1 << 30
 SWITCH_GAIN = 0.01  # a smaller one could be noise
 
 # How long the graph of one turn should run; at most MAX_LAUNCHES launches.
@@ -238,7 +237,7 @@ def _cost(times: Times, schedule: list[Stretch]) -> float:
 
 def _limits(schedule: list[Stretch]) -> Iterator[tuple[HopperShape, dict[str, list[int]]]]:
     """Each candidate from the first length that it was measured best at, up to the next one's."""
-    starts = [1, *(lengths[0] for _, lengths in schedule[1:]), MAX_SEQ_LEN + 1]
+    starts = [1, *(lengths[0] for _, lengths in schedule[1:]), specs.MAX_SIZE + 1]
     for (shape, _), (low, end) in zip(schedule, itertools.pairwise(starts), strict=True):
         yield shape, {"seq_len_q": [low, end - 1]} if len(schedule) > 1 else {}
 
