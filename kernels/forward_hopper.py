@@ -91,6 +91,12 @@ def _axis(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.expand_dims(gl.expand_dims(gl.expand_dims(x, A), B), C)
 
 
+@gluon.jit
+def _quotient(x, divisor):
+    """x // divisor, for numbers that are not negative: a division of those with a sign takes more instructions."""
+    return (x.to(gl.uint32) // divisor.to(gl.uint32)).to(gl.int32)
+
+
 @gluon.aggregate
 class Order:
     """In which order the CTAs compute the tiles of a problem with a band.
@@ -187,7 +193,7 @@ class Problem:
             width = gl.maximum(gl.where(above < 0, o.groups, o.groups + (o.cut > 0).to(gl.int32)), 1)
             x = gl.where(in_rest, gl.where(above < 0, r, above), x)
             divisor = gl.where(in_rest, width, (o.tiles + 1) // 2)
-            quotient = x // divisor
+            quotient = _quotient(x, divisor)
             remainder = x - quotient * divisor
             group = gl.where(remainder < o.groups, o.first_group + remainder, o.first_group - 1)
             group = gl.where(in_rest, group, quotient)
@@ -195,10 +201,10 @@ class Problem:
             # A band's late tiles are the long ones. In a group of two heads, tiles alternate between them.
             long_tile = o.tiles - 1 - short_tile
             tile = gl.where(long, long_tile, gl.where(short_tile == long_tile, o.tiles, short_tile))
-            return group * o.fold + (tile & (o.fold - 1)), tile // o.fold
+            return group * o.fold + (tile & (o.fold - 1)), tile >> (o.fold - 1)
         else:
             t = turn * gl.num_programs(0) + gl.program_id(0)
-            head = t // self.tiles_query
+            head = _quotient(t, self.tiles_query)
             return head, t - head * self.tiles_query
 
     @gluon.jit
@@ -255,16 +261,28 @@ class Problem:
             return False
 
     @gluon.jit
-    def mask(self, s, row, col):
-        """Scores `s` (ROWS, KEYS) f32 from (row, col) on, with -inf where a row does not see a key.
+    def seen(self, row, col):
+        """Whether any of the rows from `row` on sees a key from `col` on."""
+        return col < gl.minimum(row + self.ROWS + self.band_hi, self.seq_len_k)
 
-        As (ROWS, KEYS / 8, 4, 2) the second and last index are constants of a register and the third is one of a lane,
+    @gluon.jit
+    def partly(self, row, begin, end):
+        """Whether some of the rows from `row` on do not see all keys in [begin, end)."""
+        right = end > gl.minimum(row + self.band_hi + 1, self.seq_len_k)
+        return right | (begin < row + self.ROWS - 1 + self.band_lo)
+
+    @gluon.jit
+    def mask(self, s, row, col):
+        """Scores `s` (ROWS, keys) f32 from (row, col) on, with -inf where a row does not see a key.
+
+        As (ROWS, keys / 8, 4, 2) the second and last index are constants of a register and the third is one of a lane,
         so that a comparison takes a single instruction, with an immediate operand.
         """
-        x = s.reshape([self.ROWS, self.KEYS // 8, 4, 2])
+        KEYS: gl.constexpr = s.shape[1]
+        x = s.reshape([self.ROWS, KEYS // 8, 4, 2])
         L: gl.constexpr = x.type.layout
         rows = _axis(self.ROWS, 0, L) + row
-        keys = _axis(self.KEYS // 8, 1, L) * 8 + _axis(2, 3, L)
+        keys = _axis(KEYS // 8, 1, L) * 8 + _axis(2, 3, L)
         lane = _axis(4, 2, L) * 2 + col
         if self.BAND:
             x = gl.where(keys < gl.minimum(rows + self.band_hi + 1, self.seq_len_k) - lane, x, float("-inf"))
@@ -272,28 +290,96 @@ class Problem:
                 x = gl.where(keys >= rows + self.band_lo - lane, x, float("-inf"))
         else:
             x = gl.where(keys < self.seq_len_k - lane, x, float("-inf"))
-        return gl.convert_layout(x.reshape([self.ROWS, self.KEYS]), s.type.layout, assert_trivial=True)
+        return gl.convert_layout(x.reshape([self.ROWS, KEYS]), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def _produce(p, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring):
+def _problem(
+    sizes,
+    BAND: gl.constexpr,
+    SPLIT: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+    QUERIES: gl.constexpr,
+):
+    """Every partition works it out from the kernel's arguments: what is handed to partitions comes through shared
+    memory, and ptxas no longer knows that it is the same for all threads.
+    """
+    num_tiles, tiles_query, num_heads_q, group, seq_len_q, seq_len_k, band_lo, band_hi, splits = sizes
+    num_tiles *= splits
+    heads = num_tiles // tiles_query
+    return Problem(
+        num_tiles,
+        gl.to_tensor(tiles_query),
+        gl.to_tensor(num_heads_q),
+        group,
+        seq_len_q,
+        seq_len_k,
+        gl.to_tensor(band_lo),
+        gl.to_tensor(band_hi),
+        gl.to_tensor(splits),
+        heads,
+        _order(heads, tiles_query, QUERIES > 1),  # at head_dim 256 the registers do not suffice for more
+        BAND,
+        SPLIT,
+        CONSUMERS,
+        ROWS,
+        KEYS,
+    )
+
+
+@gluon.jit
+def _produce(
+    sizes,
+    q_desc,
+    k_desc,
+    v_desc,
+    rings,
+    BAND: gl.constexpr,
+    SPLIT: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    QUERIES: gl.constexpr,
+):
     """The producer warp: issue every load, in the order in which the consumers need them."""
+    q_ring, k_ring, v_ring = rings
+    p = _problem(sizes, BAND, SPLIT, CONSUMERS, q_ring.tiles.shape[3], k_ring.tiles.shape[3], QUERIES)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
     for turn in range(p.tiles()):
         head, row, col, steps = p.tile(turn)
         if p.SPLIT:
             head = head // p.splits
-        batch = head // p.num_heads_q
-        head_q = head % p.num_heads_q
+        batch = _quotient(head, p.num_heads_q)
+        head_q = head - batch * p.num_heads_q
         head_kv = head_q // p.group
+        # The place of a single query is free last, that of a second one first.
+        if QUERIES == 1:
+            k_ring.fill(k_desc, batch, head_kv, col, blocks)
         for wg in gl.static_range(p.CONSUMERS):
             q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, turn * p.CONSUMERS + wg)
-        k_ring.fill(k_desc, batch, head_kv, col, blocks)
+        if QUERIES > 1:
+            k_ring.fill(k_desc, batch, head_kv, col, blocks)
         for i in range(1, steps):
             k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
             v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
         blocks += steps
         v_ring.fill(v_desc, batch, head_kv, col - (steps - 1) * p.KEYS, blocks - 1)
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns of `x` (ROWS, columns): other registers of the same threads."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
+    left, right = x.reshape([x.shape[0], 2, HALF]).permute([0, 2, 1]).split()
+    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
+
+
+@gluon.jit
+def _joined(left, right, LAYOUT: gl.constexpr):
+    """The inverse of `_halves`."""
+    x = gl.join(left, right).permute([0, 2, 1]).reshape([left.shape[0], 2 * left.shape[1]])
+    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -322,6 +408,12 @@ def _reciprocal(x):
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
+@gluon.jit
+def _exp2_here(x):
+    """`gl.exp2`, but no compiler moves it past a wait."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, False, 1)
+
+
 # Ping-pong: a warpgroup issues its matrix products while the other one computes exponentials. Named barrier 8 is the
 # turn of consumer 0, barrier 9 that of consumer 1; Triton uses the low numbers, one per partition.
 
@@ -346,7 +438,7 @@ def _pass_turn(WG: gl.constexpr):
 class Query:
     """A query tile (ROWS, head_dim) in shared memory, and its first `HELD` columns in registers too.
 
-    WGMMA reads both operands from shared memory, and there is not bandwidth for all of it.
+    WGMMA with both operands in shared memory takes nearly all of its bandwidth, and the loads want some.
     """
 
     tile: gl.shared_memory_descriptor
@@ -400,7 +492,6 @@ def _step(
     scale_log2,
     MASK: gl.constexpr,
     WG: gl.constexpr,
-    PING_PONG: gl.constexpr,
 ):
     """Scores and exponentials of key block `n`, and the product of block n - 1's exponentials `prob` with its values.
 
@@ -408,30 +499,37 @@ def _step(
     far. The factor by which these shrink is 1 to the last bit while the maximum stays, so that nothing drifts over
     thousands of blocks.
     """
+    TURNS: gl.constexpr = p.CONSUMERS == 2
+    EARLY: gl.constexpr = v_ring.tiles.shape[4] <= 128
     k_ring.wait(n)
-    if PING_PONG:
+    if TURNS:
         _take_turn(WG)
     s = q.scores(k_ring.tile(n))
-    if PING_PONG:
+    if TURNS:
         v_ring.wait(n - 1)
     o = warpgroup_mma(prob, v_ring.tile(n - 1), o, is_async=True)
-    if PING_PONG:
+    if TURNS:
         _pass_turn(WG)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     k_ring.release(n)
     if MASK:
         s = p.mask(s, row, col)
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    # With the factor at hand, the rescaling of `o` fills the gaps between the exponentials, which else it follows. At
+    # head_dim 256 it is so long that it would fill them with nothing else.
+    if EARLY:
+        alpha = _exp2_here(m - m_new)
     # A wait ends a basic block: without one ptxas moves the wait for `o` up, before the maxima. By now that product is
-    # done, and its rescaling fills the gaps between the exponentials. Warpgroups that take turns wait for the values in
-    # use, which are long there; the others for the next ones, which saves them the wait before the product.
-    if PING_PONG:
+    # done. Warpgroups that take turns wait for the values in use, which are long there; the others for the next ones,
+    # which saves them the wait before the product.
+    if TURNS:
         v_ring.wait(n - 1)
     else:
         v_ring.wait(n)
     o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
     v_ring.release(n - 1)
-    alpha = gl.exp2(m - m_new)
+    if not EARLY:
+        alpha = gl.exp2(m - m_new)
     e = _exponentials(s, m_new, scale_log2)
     l = _scale_rows(l, alpha) + _lane_sums(e)
     prob = gl.convert_layout(e.to(k_ring.tiles.dtype), prob.type.layout, assert_trivial=True)
@@ -463,13 +561,28 @@ def _finish_part(p, partial, o, l, m, head, row):
 
 
 @gluon.jit
-def _finish_tile(p, out_desc, lse, out, o, l, m, head, row):
-    o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))
-    tma.store_wait(0)  # the store of the tile before has read `out`
+def _store(out_desc, out, o, batch, head, row, column):
+    tma.store_wait(0)  # the store before has read `out`
     gl.barrier()
     out.reshape(o.shape).store(o.to(out.dtype))
     fence_async_shared()
-    tma.async_store(out_desc, [head // p.num_heads_q, head % p.num_heads_q, row, 0], out)
+    tma.async_store(out_desc, [batch, head, row, column], out)
+
+
+@gluon.jit
+def _finish_tile(p, out_desc, lse, out, o, l, m, head, row):
+    """Through `out`, which has room for all columns or for half of them."""
+    o = _scale_rows(o, gl.where(l == 0.0, 0.0, _reciprocal(l)))
+    batch = _quotient(head, p.num_heads_q)
+    head_q = head - batch * p.num_heads_q
+    COLUMNS: gl.constexpr = out.shape[3]
+    gl.static_assert(o.shape[1] == COLUMNS or o.shape[1] == 2 * COLUMNS, "all columns or half of them")
+    if COLUMNS == o.shape[1]:
+        _store(out_desc, out, o, batch, head_q, row, 0)
+    else:
+        left, right = _halves(o)
+        _store(out_desc, out, left, batch, head_q, row, 0)
+        _store(out_desc, out, right, batch, head_q, row, COLUMNS)
     if lse.to(gl.int64) != 0:
         rows = row + gl.arange(0, p.ROWS, layout=m.type.layout)
         value = (m + _log2(l)) * LN_2
@@ -477,37 +590,107 @@ def _finish_tile(p, out_desc, lse, out, o, l, m, head, row):
 
 
 @gluon.jit
+def _first_step(p, s, row, col, scale_log2, PROB_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """Row maxima, partial sums and exponentials of a tile's first block, of which its rows see least.
+
+    The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials are 0.
+    """
+    if p.BAND and p.CONSUMERS == 2 and p.KEYS > 64:
+        return _first_step_by_halves(p, s, row, col, scale_log2, PROB_LAYOUT, DTYPE)
+    s = p.mask(s, row, col)
+    m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
+    e = _exponentials(s, m, scale_log2)
+    return m, _lane_sums(e), gl.convert_layout(e.to(DTYPE), PROB_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _first_step_by_halves(p, s, row, col, scale_log2, PROB_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """`_first_step` that skips keys no row sees, and masks only where it must.
+
+    On the diagonal of a causal mask the first warpgroup sees nothing of the right half, the second one all of the left.
+    """
+    left, right = _halves(s)
+    middle = col + p.KEYS // 2
+    if p.partly(row, col, middle):
+        left = p.mask(left, row, col)
+    m = gl.max(left, 1)
+    right_seen = p.seen(row, middle)
+    if right_seen:
+        right = p.mask(right, row, middle)
+        m = gl.maximum(m, gl.max(right, 1))
+    m = gl.maximum(m * scale_log2, -3.0e38)
+    left = _exponentials(left, m, scale_log2)
+    l = _lane_sums(left)
+    if right_seen:
+        right = _exponentials(right, m, scale_log2)
+        l += _lane_sums(right)
+    else:
+        right = gl.zeros_like(right)
+    m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    l = gl.convert_layout(l, _lane_sums(s).type.layout, assert_trivial=True)
+    return m, l, _joined(left.to(DTYPE), right.to(DTYPE), PROB_LAYOUT)
+
+
+@gluon.jit
+def _later_steps(p, k_ring, v_ring, q, o, l, m, prob, blocks, row, col, steps, scale_log2, WG: gl.constexpr):
+    """All steps of a tile but the first."""
+    if p.BAND:
+        # Blocks that are seen in part, at the right edge; those seen whole; and again in part, at the left edge.
+        seen, left = p.edges(row, col, steps)
+        begin = gl.to_tensor(1)
+        for edge in range(1 + (left < steps).to(gl.int32)):
+            end = gl.where(edge == 0, seen, steps)
+            for i in range(begin, end):
+                n, at = blocks + i, col - i * p.KEYS
+                o, l, m, prob = _step(p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, True, WG)
+            begin = gl.where(edge == 0, left, steps)
+            for i in range(end, begin):
+                n, at = blocks + i, col - i * p.KEYS
+                o, l, m, prob = _step(p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG)
+    else:
+        for i in range(1, steps):
+            n, at = blocks + i, col - i * p.KEYS
+            o, l, m, prob = _step(p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG)
+    return o, l, m, prob
+
+
+@gluon.jit
 def _consume(
-    p,
+    sizes,
     out_desc,
     lse,
-    q_ring,
-    k_ring,
-    v_ring,
+    rings,
     out_tiles,
     scale_log2,
     WG: gl.constexpr,
-    PING_PONG: gl.constexpr,
-    OWN_OUT: gl.constexpr,
     HELD: gl.constexpr,
+    BAND: gl.constexpr,
+    SPLIT: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    QUERIES: gl.constexpr,
 ):
     """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
-    D: gl.constexpr = out_desc.block_type.shape[3]
+    q_ring, k_ring, v_ring = rings
+    p = _problem(sizes, BAND, SPLIT, CONSUMERS, q_ring.tiles.shape[3], k_ring.tiles.shape[3], QUERIES)
+    D: gl.constexpr = v_ring.tiles.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    if OWN_OUT and not p.SPLIT:
-        out = out_tiles.index(WG)
-    else:
-        out = q_ring.tiles.index(WG)
+    # The next tile's place is worked out while a product runs, where there are registers to keep it.
+    AHEAD: gl.constexpr = CONSUMERS == 2 and QUERIES > 1
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
-    if PING_PONG:
+    if CONSUMERS == 2:
         if WG == 1:
             _pass_turn(WG)
+    if AHEAD:
+        next_head, next_row, next_col, next_steps = p.tile(gl.to_tensor(0))
     for turn in range(p.tiles()):
-        head, row, col, steps = p.tile(turn)
+        if AHEAD:
+            head, row, col, steps = next_head, next_row, next_col, next_steps
+        else:
+            head, row, col, steps = p.tile(turn)
         row += WG * p.ROWS
-        query = turn * p.CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
+        query = turn * CONSUMERS + WG  # the fill of `q_ring` that is this tile's query
         if p.hidden(row, col, steps):
             k_ring.wait(blocks)
             k_ring.release(blocks)
@@ -522,50 +705,23 @@ def _consume(
         s = q.scores(k_ring.tile(blocks))
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         k_ring.release(blocks)
-        s = p.mask(s, row, col)
-        # The maximum is finite and below all others where a row sees nothing: it is no special case, its exponentials
-        # are 0.
-        m = gl.maximum(gl.max(s, 1) * scale_log2, -3.0e38)
+        m, l, prob = _first_step(p, s, row, col, scale_log2, P_LAYOUT, k_ring.tiles.dtype)
         o = gl.zeros([p.ROWS, D], gl.float32, O_LAYOUT)
-        e = _exponentials(s, m, scale_log2)
-        l = _lane_sums(e)
-        prob = gl.convert_layout(e.to(k_ring.tiles.dtype), P_LAYOUT, assert_trivial=True)
-        if not PING_PONG:
+        if CONSUMERS > 2:
             v_ring.wait(blocks)
-        if p.BAND:
-            # Blocks that are seen in part, at the right edge; those seen whole; and again in part, at the left edge.
-            seen, left = p.edges(row, col, steps)
-            begin = gl.to_tensor(1)
-            for edge in range(1 + (left < steps).to(gl.int32)):
-                end = gl.where(edge == 0, seen, steps)
-                for i in range(begin, end):
-                    n, at = blocks + i, col - i * p.KEYS
-                    o, l, m, prob = _step(
-                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, True, WG, PING_PONG
-                    )
-                begin = gl.where(edge == 0, left, steps)
-                for i in range(end, begin):
-                    n, at = blocks + i, col - i * p.KEYS
-                    o, l, m, prob = _step(
-                        p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG
-                    )
-        else:
-            for i in range(1, steps):
-                n, at = blocks + i, col - i * p.KEYS
-                o, l, m, prob = _step(p, k_ring, v_ring, q, o, l, m, prob, n, row, at, scale_log2, False, WG, PING_PONG)
+        o, l, m, prob = _later_steps(p, k_ring, v_ring, q, o, l, m, prob, blocks, row, col, steps, scale_log2, WG)
         blocks += steps
-        if OWN_OUT:
-            q_ring.release(query)
+        q_ring.release(query)
         v_ring.wait(blocks - 1)
         o = warpgroup_mma(prob, v_ring.tile(blocks - 1), o, is_async=True)
+        # This wait is over already. It ends a basic block: what follows is computed while the product runs.
+        v_ring.wait(blocks - 1)
+        if AHEAD:
+            next_head, next_row, next_col, next_steps = p.tile(turn + 1)
         o = warpgroup_mma_wait(num_outstanding=0, deps=[o])
         v_ring.release(blocks - 1)
-        _finish(p, out_desc, lse, out, o, l, m, head, row)
-        if not OWN_OUT:
-            tma.store_wait(0)
-            gl.barrier()
-            q_ring.release(query)
-    if PING_PONG:
+        _finish(p, out_desc, lse, out_tiles.index(WG), o, l, m, head, row)
+    if CONSUMERS == 2:
         if WG == 0:
             _take_turn(WG)  # the turn that nobody needs any more: arrivals and waits balance
     tma.store_wait(0)
@@ -592,8 +748,7 @@ def attention_forward_hopper(
     SPLIT: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr,
-    OWN_OUT: gl.constexpr,
+    QUERIES: gl.constexpr,
     HELD: gl.constexpr,
 ):
     """out = softmax(scale * q k^T) v, and the natural logarithm of each row's sum of exponentials.
@@ -606,46 +761,27 @@ def attention_forward_hopper(
     below 2^30.
     SPLIT: the keys of each tile are dealt to `splits` tiles, and `lse` is not the log-sum-exp but the partial results
     (`_finish_part`) that `combine.attention_combine` puts together; `out` only says its block. Else splits is 1.
-    CONSUMERS is 2 or 3; PING_PONG needs 2. STAGES >= 2. OWN_OUT: the output has shared memory of its own, and two
-    queries fit; else it takes the place of the query. HELD: columns of the query in registers, a power of two or 0.
+    out's blocks may have half of the D columns. CONSUMERS is 2, who take turns, or 3. STAGES >= 2. QUERIES: how many of
+    each consumer's fit, 1 or 2. HELD: columns of the query in registers, a power of two or 0.
     """
-    gl.static_assert(CONSUMERS == 2 or not PING_PONG, "two warpgroups take turns")
     gl.static_assert(STAGES >= 2, "a step waits for the next values while it still reads its own")
-    q_ring = _ring(q, CONSUMERS * (2 if OWN_OUT else 1), 1)
+    q_ring = _ring(q, CONSUMERS * QUERIES, 1)
     k_ring = _ring(k, STAGES, CONSUMERS)
     v_ring = _ring(v, STAGES, CONSUMERS)
-    if OWN_OUT and not SPLIT:
-        out_tiles = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
-    else:
+    if SPLIT:
         out_tiles = q_ring.tiles
+    else:
+        out_tiles = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
     fence_async_shared()
-    num_tiles *= splits
-    heads = num_tiles // tiles_query
-    p = Problem(
-        num_tiles,
-        tiles_query,
-        num_heads_q,
-        group,
-        seq_len_q,
-        seq_len_k,
-        gl.to_tensor(band_lo),
-        gl.to_tensor(band_hi),
-        gl.to_tensor(splits),
-        heads,
-        _order(heads, tiles_query, OWN_OUT),  # at head_dim 256 the registers do not suffice for more
-        BAND,
-        SPLIT,
-        CONSUMERS,
-        q.block_type.shape[2],
-        k.block_type.shape[2],
-    )
+    sizes = (num_tiles, tiles_query, num_heads_q, group, seq_len_q, seq_len_k, band_lo, band_hi, splits)
+    rings = (q_ring, k_ring, v_ring)
     # Registers per thread; the first consumer gets what is left, as many as the others.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, HELD)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, HELD)),
-                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+                (_consume, (sizes, out, lse, rings, out_tiles, scale_log2, 0, HELD, BAND, SPLIT, CONSUMERS, QUERIES)),
+                (_consume, (sizes, out, lse, rings, out_tiles, scale_log2, 1, HELD, BAND, SPLIT, CONSUMERS, QUERIES)),
+                (_produce, (sizes, q, k, v, rings, BAND, SPLIT, CONSUMERS, QUERIES)),
             ],
             [WARPS, 1],
             [240, 24],
@@ -653,10 +789,10 @@ def attention_forward_hopper(
     else:
         gl.warp_specialize(
             [
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 0, PING_PONG, OWN_OUT, HELD)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 1, PING_PONG, OWN_OUT, HELD)),
-                (_consume, (p, out, lse, q_ring, k_ring, v_ring, out_tiles, scale_log2, 2, PING_PONG, OWN_OUT, HELD)),
-                (_produce, (p, q, k, v, q_ring, k_ring, v_ring)),
+                (_consume, (sizes, out, lse, rings, out_tiles, scale_log2, 0, HELD, BAND, SPLIT, CONSUMERS, QUERIES)),
+                (_consume, (sizes, out, lse, rings, out_tiles, scale_log2, 1, HELD, BAND, SPLIT, CONSUMERS, QUERIES)),
+                (_consume, (sizes, out, lse, rings, out_tiles, scale_log2, 2, HELD, BAND, SPLIT, CONSUMERS, QUERIES)),
+                (_produce, (sizes, q, k, v, rings, BAND, SPLIT, CONSUMERS, QUERIES)),
             ],
             [WARPS, WARPS, 1],
             [160, 160, 24],

@@ -331,21 +331,16 @@ def _portable(arch: str) -> list[Spec]:
 
 @dataclass(frozen=True)
 class HopperShape:
-    """One build. `own_out`: there is shared memory for the output, and for a second query. `held`: columns of the query
-    in registers.
+    """One build. `queries` of each consumer warpgroup are in shared memory, 1 or 2; `held` columns of one in registers.
 
-    A consumer warpgroup owns 64 query rows; two take turns at the tensor cores (`ping_pong`), three need not.
+    A consumer owns 64 query rows; two take turns at the tensor cores, three need not.
     """
 
     key: int
     stages: int
-    own_out: bool
+    queries: int = 2
     consumers: int = 2
     held: int = 0
-
-    @property
-    def ping_pong(self) -> bool:
-        return self.consumers == 2
 
     @property
     def rows(self) -> int:
@@ -359,19 +354,20 @@ class HopperShape:
         return "-".join(name if value is True else f"{name}{value}" for name, value in unusual)
 
 
-# Of the 227 KB of shared memory: 144, 224 and 192 KB.
+# Of the 227 KB of shared memory: 176, 224 and 224 KB.
 HOPPER_SHAPES = {
-    64: HopperShape(128, 3, True, held=64),
-    128: HopperShape(128, 2, True, held=64),
-    256: HopperShape(64, 2, False),
+    64: HopperShape(128, 4, held=64),
+    128: HopperShape(128, 2, held=64),
+    256: HopperShape(64, 2, queries=1),
 }
 CONSUMER_ROWS = 64
+OUT_COLUMNS = 128  # of the output that are in shared memory at a time
 
 
-def _descriptor(dtype: str, rows: int, head_dim: int) -> str:
-    """The Triton type of a rank-4 host descriptor for tiles (1, 1, rows, head_dim)."""
+def _descriptor(dtype: str, rows: int, columns: int) -> str:
+    """The Triton type of a rank-4 host descriptor for tiles (1, 1, rows, columns)."""
     layout = "swizzle_byte_width=128, element_bitwidth=16, rank=4, transposed=False, fp4_padded=False, cga_layout=[]"
-    return f"tensordesc<{ELEMENT[dtype]}[1, 1, {rows}, {head_dim}],NVMMASharedLayout({layout})>"
+    return f"tensordesc<{ELEMENT[dtype]}[1, 1, {rows}, {columns}],NVMMASharedLayout({layout})>"
 
 
 def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape, split: bool = False) -> Launch:
@@ -380,11 +376,12 @@ def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape, sp
     constexprs: dict[str, bool | int] = {} if band else dict.fromkeys(bounds, 0)
     constexprs |= {} if split else {"splits": 1}
     constexprs |= {"BAND": band, "SPLIT": split, "CONSUMERS": shape.consumers, "STAGES": shape.stages}
-    constexprs |= {"PING_PONG": shape.ping_pong, "OWN_OUT": shape.own_out, "HELD": shape.held}
+    constexprs |= {"QUERIES": shape.queries, "HELD": shape.held}
     values = {name: name for name in (*TENSORS, "lse", *sizes, *(bounds if band else ()), "scale_log2")}
     values |= {"lse": "workspace.0", "splits": "key_splits"} if split else {}
     rows = {"q": CONSUMER_ROWS, "k": shape.key, "v": shape.key, "out": CONSUMER_ROWS}
-    types = {tensor: _descriptor(dtype, rows[tensor], head_dim) for tensor in TENSORS}
+    columns = dict.fromkeys(TENSORS, head_dim) | {"out": min(head_dim, OUT_COLUMNS)}
+    types = {tensor: _descriptor(dtype, rows[tensor], columns[tensor]) for tensor in TENSORS}
     types |= {"lse": "*fp32"} | dict.fromkeys((*sizes, *bounds, "splits"), "i32") | {"scale_log2": "fp32"}
     return Launch(
         kernel="attention_forward_hopper",

@@ -29,9 +29,9 @@ ARCH = "sm_90a"
 DTYPE = "bf16"  # what is measured; the rules hold for both types
 
 CANDIDATES = {
-    64: [HopperShape(128, 3, True, held=64), HopperShape(128, 3, True, consumers=3)],
-    128: [HopperShape(128, 2, True, held=64), HopperShape(128, 2, True)],
-    256: [HopperShape(64, 2, False)],
+    64: [HopperShape(128, 4, held=64), HopperShape(128, 4, consumers=3)],
+    128: [HopperShape(128, 2, held=64), HopperShape(128, 2)],
+    256: [HopperShape(64, 2, queries=1)],
 }
 HEADS = {64: 32, 128: 16, 256: 8}
 SEQ_LENS = tuple(1 << n for n in range(7, 15))
