@@ -1,4 +1,4 @@
-"""Draws docs/figures/ from `evidence/h200/forward.json`: `python benches/figures.py`. Needs matplotlib."""
+"""Draws docs/figures/ from `evidence/h100/forward.json`: `python benches/figures.py`. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def save(figure: Any, name: str) -> None:
 
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "flashcore"
-    rows = json.loads((ROOT / "evidence/h200/forward.json").read_text())["rows"]
+    rows = json.loads((ROOT / "evidence/h100/forward.json").read_text())["rows"]
     measured = [row for row in rows if "ms" in row]
     throughput([row for row in measured if row["set"] == "forward"])
     heads([row for row in measured if row["set"] == "heads"])

@@ -168,22 +168,28 @@ NCU = {
     "DRAM Throughput": "DRAM throughput, %",
     "Achieved Occupancy": "occupancy, %",
     "Executed Instructions": "instructions",
+    "Duration": "nanoseconds",
 }
 
 
-@of("h200/ncu-forward.json")
-def ncu(document: dict[str, Any]) -> str:
-    measured = document["rows"]
-    header = ["", *(f"{row['impl']}, {row['case']}" for row in measured)]
-    body = [[label, *(row["metrics"].get(name, "-") for row in measured)] for name, label in NCU.items()]
-    mixes = list(dict.fromkeys(name for row in measured for name in row["instructions"]))
-    body += [[f"{name} per million", *(row["instructions"].get(name, "-") for row in measured)] for name in mixes]
-    reasons = [name for name in measured[0]["stalls"] if any(row["stalls"].get(name, 0) >= 1 for row in measured)]
-    body += [[f"stall: {name}, %", *(row["stalls"].get(name, "-") for row in measured)] for name in reasons]
-    return markdown(header, body)
+def ncu(case: str) -> Table:
+    """What Nsight Compute says about one launch of each implementation on one case."""
+
+    @of("h100/ncu-forward.json")
+    def table(document: dict[str, Any]) -> str:
+        measured = [row for row in document["rows"] if row["case"] == case]
+        header = [case, *(row["impl"] for row in measured)]
+        body = [[label, *(row["metrics"].get(name, "-") for row in measured)] for name, label in NCU.items()]
+        mixes = list(dict.fromkeys(name for row in measured for name in row["instructions"]))
+        body += [[f"{name} per million", *(row["instructions"].get(name, "-") for row in measured)] for name in mixes]
+        reasons = [name for name in measured[0]["stalls"] if any(row["stalls"].get(name, 0) >= 1 for row in measured)]
+        body += [[f"stall: {name}, %", *(row["stalls"].get(name, "-") for row in measured)] for name in reasons]
+        return markdown(header, body)
+
+    return table
 
 
-@of("h200/forward-correctness.json")
+@of("h100/forward-correctness.json")
 def matrix(document: dict[str, Any]) -> str:
     header = [
         "what ran",
@@ -209,7 +215,8 @@ def matrix(document: dict[str, Any]) -> str:
 
 HEAD_DIMS, MASKS = (64, 128, 256), ("dense", "causal")
 # What changed; the exploratory run, and its arms that had it not and had it; where the arms differ in nothing else.
-TRIALS: list[tuple[str, int, str, str, tuple[int, ...], tuple[str, ...]]] = [
+Trial = tuple[str, int, str, str, tuple[int, ...], tuple[str, ...]]
+FIRST_TRIALS: list[Trial] = [
     ("Wait for P V before the maxima, not after the exponentials", 1, "flashcore", "noedge", HEAD_DIMS, MASKS),
     ("No turns between two warpgroups, first version", 1, "flashcore", "nopp", HEAD_DIMS, MASKS),
     ("Waits through inline assembly", 1, "flashcore", "asmwait", HEAD_DIMS, MASKS),
@@ -227,24 +234,41 @@ TRIALS: list[tuple[str, int, str, str, tuple[int, ...], tuple[str, ...]]] = [
     ("No turns between two warpgroups, second version", 9, "base", "basenp2", HEAD_DIMS, MASKS),
     ("All of the query in registers, tiles do not overlap", 11, "a", "ah", (64,), ("causal",)),
 ]
+SECOND_TRIALS: list[Trial] = [
+    ("Divisions by multiplication, early factor, 4 stages at 64", 1, "base", "a4", (64, 128), MASKS),
+    ("Tiles overlap, the query in registers", 1, "a4", "c1", (64, 128), MASKS),
+    ("At 256 half of the output at a time", 1, "c1", "d1", (256,), MASKS),
+    ("At 256 an early factor", 1, "d1", "d2", (256,), MASKS),
+    ("Tiles overlap without turns there", 2, "f8", "f9", (64, 128), MASKS),
+    ("Tiles do not overlap", 2, "f8", "f10", (64, 128), MASKS),
+    ("First block by halves, next place early", 3, "f10", "g1", (64, 128), ("causal",)),
+    ("First block by halves", 3, "g2", "g1", (64, 128), ("causal",)),
+    ("First block by halves, second version", 6, "n2", "n1", (64, 128), ("causal",)),
+    ("Early factor for the output", 3, "g3", "g1", (64, 128), MASKS),
+    ("Half of the exponentials before the wait", 4, "h1", "h2", HEAD_DIMS, MASKS),
+    ("Queries loaded a tile ahead", 5, "g1", "k2", (64, 128), MASKS),
+    ("At 256 the first keys before the query", 5, "g1", "k2", (256,), MASKS),
+    ("All that was kept", 7, "base", "z1", HEAD_DIMS, MASKS),
+    ("One partition of 8 warps, so that consumers share code", 8, "z1", "w1", HEAD_DIMS, MASKS),
+]
 
 
-@of("h200/forward-trials.json")
-def trials(document: dict[str, Any]) -> str:
-    columns = [(head_dim, mask) for head_dim in HEAD_DIMS for mask in MASKS]
-    body: list[list[object]] = []
-    for label, run, before, after, head_dims, masks in TRIALS:
-        ms = {(row["impl"], json.dumps(row["case"])): row["ms"] for row in document["rows"] if row["run"] == run}
-        body.append(
-            [
-                label,
-                *(
-                    _gain(ms, before, after, d, mask) if d in head_dims and mask in masks else "-"
-                    for d, mask in columns
-                ),
-            ]
-        )
-    return markdown(["change", *(f"{head_dim}, {mask}" for head_dim, mask in columns)], body)
+def trials(path: str, what: list[Trial]) -> Table:
+    """How many times faster each change made the kernel."""
+
+    @of(path)
+    def table(document: dict[str, Any]) -> str:
+        columns = [(head_dim, mask) for head_dim in HEAD_DIMS for mask in MASKS]
+        body: list[list[object]] = []
+        for label, run, before, after, head_dims, masks in what:
+            ms = {(row["impl"], json.dumps(row["case"])): row["ms"] for row in document["rows"] if row["run"] == run}
+            gains = (
+                _gain(ms, before, after, d, mask) if d in head_dims and mask in masks else "-" for d, mask in columns
+            )
+            body.append([label, *gains])
+        return markdown(["change", *(f"{head_dim}, {mask}" for head_dim, mask in columns)], body)
+
+    return table
 
 
 def _gain(ms: dict[tuple[str, str], float], before: str, after: str, head_dim: int, mask: str) -> str:
@@ -254,12 +278,12 @@ def _gain(ms: dict[tuple[str, str], float], before: str, after: str, head_dim: i
     return geomean(ms[before, key] / ms[after, key] for key in wanted)
 
 
-FORWARD = "h200/forward.json"
+FORWARD = "h100/forward.json"
 PEERS = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "flex": "FlexAttention"}
 
 
 def forward(name: str, unit: str) -> Table:
-    """One set of cases of `evidence/h200/forward.json`: TFLOP/s, or microseconds, of everything that ran."""
+    """One set of cases of the forward's evidence: TFLOP/s, or microseconds, of everything that ran."""
 
     @of(FORWARD)
     def table(document: dict[str, Any]) -> str | None:
@@ -321,9 +345,11 @@ TABLES: dict[str, Table] = {
     },
     **{f"forward-{name}": forward(name, "us") for name in ("long", "small")},
     "forward-f16": forward("forward-f16", "tflops"),
-    "forward-ncu": ncu,
+    "forward-ncu": ncu("4,16,4096,128:dense"),
+    "forward-ncu-short": ncu("32,16,512,128:causal"),
     "forward-correctness": matrix,
-    "forward-trials": trials,
+    "forward-trials": trials("h200/forward-trials.json", FIRST_TRIALS),
+    "forward-trials-2": trials("h100/forward-trials.json", SECOND_TRIALS),
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,
