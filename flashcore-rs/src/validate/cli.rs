@@ -27,7 +27,7 @@ const SHOWN: usize = 20;
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 everything passed; 1 a wrong result; 2 regression; 3 constant-time violation; 4 inconclusive;
-5 environment or usage; 6 selftest failed. (2, 3, 4 and 6 belong to commands that are still to come.)";
+5 environment or usage; 6 selftest failed. (2 and 6 belong to commands that are still to come.)";
 
 /// Is FlashCore right on this machine, and how fast is it? Without a command: `correct`, then `measure`.
 #[derive(Parser)]
@@ -50,6 +50,9 @@ enum Command {
         /// Folder for the files
         folder: PathBuf,
     },
+    /// Audits machine code: does it branch on, or address by, the values it processes?
+    #[cfg(feature = "audit")]
+    Ct(crate::audit::cli::CtArguments),
 }
 
 #[derive(Args)]
@@ -133,6 +136,14 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Exit {
 
 fn run(cli: &Cli) -> Result<Exit> {
     let options = &cli.options;
+    #[cfg(feature = "audit")]
+    if let Some(Command::Ct(arguments)) = &cli.command {
+        let (exit, table) =
+            crate::audit::cli::run(arguments, &options.filter, &options.commit, options.json.as_deref())?;
+        print(&table);
+        print(if exit == Exit::Pass { "PASS" } else { "FAIL" });
+        return Ok(exit);
+    }
     let wants = |command: Command| cli.command.is_none() || cli.command == Some(command);
     let select = |cases: Vec<Case>| -> Vec<Case> { cases.into_iter().filter(|case| options.selects(case)).collect() };
     let problems = if cli.command == Some(Command::Measure) { Vec::new() } else { select(matrix(options.extent())) };
