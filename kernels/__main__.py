@@ -1,4 +1,4 @@
-"""`python -m kernels build|list|check|audit|tune`: make the bundles, show, prove and audit them, choose what goes in."""
+"""`python -m kernels build|list|check|audit|tune`: make, show, prove and audit the bundles, choose what goes in."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def _at_revision(arch: str, revision: str) -> Bundle:
 
 
 def compare_members(arch: str, built: dict[str, list[Member]], committed: Bundle) -> list[str]:
-    """Byte for byte, and every measured field; `compare_manifest` looks at the source hash, `reaudit` at the verdict."""
+    """Byte for byte, and every measured field but the verdict; `compare_manifest` has looked at the source hash."""
     problems = []
     variants = committed.variants()
     for name, members in built.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import os
 import random
@@ -17,11 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import audit, compile, specs
+from kernels import audit, bundle, compile, specs
 
 HOST_SPECS = {
     "sm_80": "attention_forward.portable.f16.d32.dense.aligned",
@@ -36,7 +37,7 @@ HOPPER = "sm_90a hopper"
 
 @dataclass(frozen=True)
 class Host:
-    """A clean kernel's PTX, and the numbers of its parameters that point at a secret (unless TMA loads it) and at output."""
+    """A clean kernel's PTX; `secret` and `written` number its pointers to a secret (unless TMA loads it) and output."""
 
     name: str
     arch: str
@@ -410,9 +411,11 @@ def insertion_points(ptx: str) -> Iterator[int]:
             yield offset
 
 
-def hosts() -> list[Host]:
-    """The clean kernels."""
-    wanted = [(arch, arch, name) for arch, name in HOST_SPECS.items()] + [(HOPPER, "sm_90a", HOPPER_HOST)]
+HOSTS = [(arch, arch, name) for arch, name in HOST_SPECS.items()] + [(HOPPER, "sm_90a", HOPPER_HOST)]
+
+
+def hosts(wanted: Sequence[tuple[str, str, str]]) -> list[Host]:
+    """Clean kernels: what the host is called, its architecture and its variant."""
     found = []
     with tempfile.TemporaryDirectory(prefix="flashcore-kernels-") as cache:
         compile.prepare_environment(cache)
@@ -461,6 +464,106 @@ def _cases(steps: tuple[str, ...]) -> list[tuple[bool, str]]:
 
 def hash_of(text: str) -> int:
     return int.from_bytes(text.encode(), "big") % (1 << 61)
+
+
+# --- leaks that take time, for `flashcore-validate ct-time` ---
+
+TIMING_HOST = ("sm_90a", "attention_forward.portable.f16.d64.dense.exact")
+WORK = 64  # dependent multiplications that nothing can shorten
+
+
+def _work(t: Text, times: str) -> None:
+    """A chain of multiplications, repeated `times` times."""
+    loop, end = t.label(), t.label()
+    state = t.op("mov.u32 {}, %clock")
+    left = t.op(f"mov.b32 {{}}, {times}")
+    t.at(loop)
+    t.do(f"@{t.op(f'setp.eq.u32 {{}}, {left}, 0', 'pred')} bra {end}")
+    for _ in range(WORK):
+        t.do(f"mad.lo.u32 {state}, {state}, 1664525, 1013904223")
+    t.do(f"sub.u32 {left}, {left}, 1")
+    t.do(f"bra {loop}")
+    t.at(end)
+    # Never true, but nobody knows.
+    t.do(f"@{t.op(f'setp.eq.u32 {{}}, {state}, {t.marker}', 'pred')} st.global.b32 [{t.output()}], {state}")
+
+
+def _slow_loop(t: Text, v: str) -> None:
+    _work(t, t.op(f"popc.b32 {{}}, {v}"))
+
+
+def _slow_skip(t: Text, v: str) -> None:
+    some = t.op(f"vote.sync.any.pred {{}}, {t.op(f'setp.ne.u32 {{}}, {v}, 0', 'pred')}, -1", "pred")
+    _work(t, t.op(f"selp.b32 {{}}, 16, 0, {some}"))
+
+
+def _slow_exit(t: Text, v: str) -> None:
+    t.do(f"@{t.op(f'setp.eq.u32 {{}}, {v}, 0', 'pred')} exit")
+
+
+def _slow_lookup(t: Text, v: str) -> None:
+    assert t.host.secret is not None
+    base = t.parameter(t.host.secret)
+    for step in range(32):
+        index = t.op(f"and.b32 {{}}, {t.op(f'mul.lo.u32 {{}}, {v}, {2654435761 + 2 * step}')}, 0x7fff")
+        address = t.op(f"add.s64 {{}}, {base}, {t.op(f'mul.wide.u32 {{}}, {index}, 16', 'b64')}", "b64")
+        v = t.op(f"ld.volatile.global.b32 {{}}, [{address}]")
+    t.do(f"@{t.op(f'setp.eq.u32 {{}}, {v}, {t.marker}', 'pred')} st.global.b32 [{t.output()}], {v}")
+
+
+def _slow_sleep(t: Text, v: str) -> None:
+    ones = t.op(f"popc.b32 {{}}, {v}")
+    t.do(f"nanosleep.u32 {t.op(f'shl.b32 {{}}, {ones}, 8')}")
+
+
+TIMING = {
+    "loop_trip": _slow_loop,
+    "skip_rescale": _slow_skip,
+    "early_exit": _slow_exit,
+    "lookup": _slow_lookup,
+    "sleep": _slow_sleep,
+}
+
+
+def timing_bundles() -> dict[str, bytes]:
+    """A bundle for each leak that takes time: a shipped kernel with the leak at its start."""
+    arch, name = TIMING_HOST
+    (spec,) = (spec for spec in specs.specs(arch) if spec.name == name)
+    host = hosts([(arch, arch, name)])[0]
+    with tempfile.TemporaryDirectory(prefix="flashcore-plants-") as folder:
+        compile.prepare_environment(folder)
+        (member,) = compile.compile_spec(spec)
+        return {kind: _timing_bundle(spec, member, host, kind, Path(folder)) for kind in TIMING}
+
+
+def _timing_bundle(spec: specs.Spec, member: compile.Member, host: Host, kind: str, folder: Path) -> bytes:
+    t = Text(0, host, random.Random(0))
+    TIMING[kind](t, secret(t))
+    place = next(insertion_points(host.ptx))
+    source, cubin = folder / f"{kind}.ptx", folder / f"{kind}.cubin"
+    source.write_text(host.ptx[:place] + "{\n" + "\n".join(t.lines) + "\n}\n" + host.ptx[place:])
+    ptxas = str(compile.tool("ptxas"))
+    subprocess.run([ptxas, f"-arch={host.arch}", str(source), "-o", str(cubin)], check=True, capture_output=True)
+    code = cubin.read_bytes()
+    facts = compile.cubin_facts(code)
+    place_of = {"kind": "cubin", "len": len(code), "sha256": hashlib.sha256(code).hexdigest()}
+    entry = member.entry | {"code": place_of, "registers": facts.registers, "spill_bytes": facts.stack}
+    planted = compile.Member(code, entry)
+    return bundle.pack(host.arch, compile.compiler_versions(), [(compile.variant_entry(spec, [planted]), [code])])
+
+
+def write_timing_bundles(folder: Path) -> int:
+    """Writes the bundles, and checks that the auditor flags every one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ProcessPoolExecutor(1) as pool:
+        made = pool.submit(timing_bundles).result()
+    files = [folder / f"{kind}.fcb" for kind in made]
+    for file, data in zip(files, made.values(), strict=True):
+        file.write_bytes(data)
+    reports, _ = audit.run(files)
+    passed = sum(report["verdict"] != "fail" for report in reports)
+    print(f"{len(files)} planted bundles in {folder}, {len(reports) - passed} of them flagged")
+    return 1 if passed or len(reports) != len(files) else 0
 
 
 def assemble(plant: Plant, folder: Path) -> str | None:
@@ -532,13 +635,15 @@ def main() -> int:
     parser.add_argument("--host", action="append", choices=[*HOST_SPECS, HOPPER], help="one of them (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--timing", type=Path, metavar="DIR", help="write bundles with leaks that take time, and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of evidence")
     args = parser.parse_args()
+    if args.timing:
+        return write_timing_bundles(args.timing)
     try:
         # In a process of its own: the compiler's bindings complain when one that used them ends.
         with concurrent.futures.ProcessPoolExecutor(1) as pool:
-            all_hosts = pool.submit(hosts).result()
-        all_hosts = [host for host in all_hosts if not args.host or host.name in args.host]
+            all_hosts = pool.submit(hosts, [host for host in HOSTS if not args.host or host[0] in args.host]).result()
         directed = list(corpus(all_hosts))
         kept = random.Random(args.seed).sample(directed, round(args.corpus * len(directed)))
         evidence: list[dict[str, object]] = []
@@ -546,14 +651,15 @@ def main() -> int:
         for kind, plants in (("corpus", kept), ("mutation", list(mutations(all_hosts, args.mutations, args.seed)))):
             rows, _ = examine(plants, args.jobs)
             evidence += summary(kind, rows)
-            wrong += [f"{kind}: {row}" for row in rows if not row["right"]]
+            mistakes = [f"{kind}: {row}" for row in rows if not row["right"]]
+            wrong += mistakes
             leaks = [row for row in rows if row["leak"]]
             caught, flagged = sum(bool(r["right"]) for r in leaks), sum(not r["leak"] and not r["right"] for r in rows)
+            print("\n".join(mistakes), end="\n" if mistakes else "")
             print(f"{kind}: {caught} of {len(leaks)} leaks caught, {flagged} of {len(rows) - len(leaks)} twins flagged")
     except (audit.AuditError, compile.CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    print("\n".join(wrong), end="\n" if wrong else "")
     if args.json:
         args.json.write_text(json.dumps(evidence, indent=1) + "\n")
     return 1 if wrong else 0

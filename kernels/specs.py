@@ -67,10 +67,9 @@ class Launch:
     `tensordesc<...>`) or `constexpr`, in which case `constexprs` has the value. `values` names the quantity each
     run-time argument receives (`docs/bundle.md`, Params); a `tensordesc` argument names the tensor alone (`"q"`) and
     expands to its map, four shapes and four strides. `divisibility` promises that a pointer (in bytes) or an integer
-    (in its own unit) is a multiple. `tile_bytes` is how much of the shared memory, from its start, the tiles take, where
-    the compiler keeps variables of its own behind them; the audit builds on it (docs/security). `sources` are the modules
-    whose text makes this kernel: the first one defines it,
-    the others hold device functions it calls.
+    (in its own unit) is a multiple. `tile_bytes` is how much of the shared memory, from its start, the tiles take,
+    where the compiler keeps variables of its own behind them; the audit builds on it (docs/security). `sources` are the
+    modules whose text makes this kernel: the first one defines it, the others hold device functions it calls.
     """
 
     kernel: str

@@ -91,6 +91,8 @@ fn successors_of_instructions(code: &[Instruction]) -> Vec<Vec<usize>> {
     let of = |(index, instruction): (usize, &Instruction)| {
         let mut followers = match instruction.opcode.class {
             Class::Branch | Class::BranchIndirect | Class::Call => instruction.targets.clone(),
+            // Threads that do not take part go on behind what the others do together.
+            Class::Steer if instruction.has("COLLECTIVE") => instruction.targets.clone(),
             _ => Vec::new(),
         };
         if falls_through(instruction) && index + 1 < code.len() {

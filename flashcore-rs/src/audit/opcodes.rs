@@ -234,7 +234,7 @@ const GROUPS: &[&[Opcode]] = &[
     rows!(Class::Return, Results::None, Width::Double, ["RET"]),
     rows!(Class::Exit, Results::None, Width::Single, ["EXIT" "KILL"]),
     rows!(Class::Steer, Results::None, Width::Single, [
-        "BPT" "BREAK" "BSYNC" "NANOSLEEP" "WARPSYNC" "YIELD"
+        "BPT" "BREAK" "BSYNC" "ENDCOLLECTIVE" "NANOSLEEP" "WARPSYNC" "YIELD"
     ]),
     rows!(Class::Steer, Results::Register, Width::Single, ["BSSY"]),
     rows!(Class::Nop, Results::None, Width::Single, ["NOP"]),
@@ -352,6 +352,12 @@ const MODIFIERS: &[&str] = &[
     "ALL",
     "ANY",
     "BFLY",
+    "BROADCAST",
+    "SUM",
+    "A0T1",
+    "LDGSTSBAR",
+    "TRANSCNT",
+    "SYNCS",
     "DOWN",
     "IDX",
     "UP",

@@ -214,10 +214,13 @@ fn instruction(address: u32, body: &str) -> Result<Draft, &'static str> {
     Ok(Draft { line: 0, instruction, labels })
 }
 
-/// Splits off `(*"BRANCH_TARGETS a,b"*)`, the disassembler's note on where an indirect branch may go.
+/// Splits off the disassembler's note: `(*"BRANCH_TARGETS a,b"*)` says where an indirect branch may go.
 fn branch_targets(body: &str) -> Result<(&str, Vec<String>), &'static str> {
     let Some((code, note)) = body.split_once("(*\"") else { return Ok((body, Vec::new())) };
     let list = note.strip_suffix("\"*)").ok_or("a note that does not end")?;
+    if list == "SpillRefill" {
+        return Ok((code.trim_end(), Vec::new()));
+    }
     let list = list.strip_prefix("BRANCH_TARGETS").ok_or("an unknown note")?;
     Ok((code.trim_end(), list.split(',').map(|label| label.trim().to_owned()).collect()))
 }

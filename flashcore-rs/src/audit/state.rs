@@ -30,13 +30,37 @@ impl Literal {
 
 const FIRST: Bit = 384;
 
-/// A uniform predicate that says whether some thread of the warp has this.
+/// What an instruction does with a truth value, besides what it does with registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flag {
-    /// The uniform predicate.
-    pub to: Bit,
-    /// What it says.
-    pub any: Literal,
+pub enum Truth {
+    /// The uniform predicate `to` says whether some thread of the warp has `any`.
+    Vote { to: Bit, any: Literal },
+    /// Bits of a register become 0.
+    Clear { register: Bit, mask: u32 },
+    /// Bits of a register become 1, where the guard holds.
+    Set { register: Bit, mask: u32 },
+    /// The predicate `to` says whether one bit of a register is 1.
+    Test { to: Bit, register: Bit, mask: u32 },
+}
+
+/// What a bit that keeps a predicate is at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Now {
+    /// 0.
+    Zero,
+    /// What this says.
+    Is(Literal),
+    /// Whatever it was.
+    Past,
+}
+
+/// A bit of a register that keeps a predicate: the tainted registers if it is 0, and if it is 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Kept {
+    register: Bit,
+    mask: u32,
+    now: Now,
+    when: [RegisterSet; 2],
 }
 
 /// Registers of 32 bits.
@@ -52,6 +76,8 @@ pub struct State {
     when: [[RegisterSet; 2]; PREDICATES],
     /// Votes whose outcome is known to be that of `VOTEU.ANY` on this predicate as it is now.
     votes: [Option<Literal>; PREDICATES],
+    /// Predicates that are kept in registers while there are too few.
+    kept: Vec<Kept>,
 }
 
 impl Default for State {
@@ -61,6 +87,7 @@ impl Default for State {
             clean: [u32::MAX; WORDS],
             when: Default::default(),
             votes: [None; PREDICATES],
+            kept: Vec::new(),
         }
     }
 }
@@ -78,59 +105,120 @@ impl State {
 
     /// What is left on a path on which this is known.
     pub fn given(&self, known: Option<Literal>) -> Self {
-        if known.is_none() {
-            return self.clone();
+        let mut given = self.clone();
+        given.all = self.under(known);
+        let all = given.all;
+        given.every_case(|set| *set = set.and(&all));
+        given
+    }
+
+    /// Applies a change to the registers of every case.
+    fn every_case(&mut self, change: impl Fn(&mut RegisterSet)) {
+        self.when.iter_mut().chain(self.kept.iter_mut().map(|kept| &mut kept.when)).flatten().for_each(change);
+    }
+
+    /// Applies a change to the cases that a literal is.
+    fn cases_of(&mut self, literal: Literal, change: impl Fn(&mut RegisterSet)) {
+        change(&mut self.when[literal.predicate][usize::from(literal.holds)]);
+        for kept in &mut self.kept {
+            match kept.now {
+                Now::Is(now) if now == literal => change(&mut kept.when[1]),
+                Now::Is(now) if now == literal.not() => change(&mut kept.when[0]),
+                _ => {}
+            }
         }
-        let all = self.under(known);
-        Self { all, clean: self.clean, votes: self.votes, when: self.when.map(|cases| cases.map(|set| set.and(&all))) }
     }
 
     /// Writes registers under a guard; `bits` are those of the results that are tainted.
-    pub fn write(&mut self, results: &RegisterSet, bits: u32, guard: Option<Literal>, flag: Option<Flag>) {
+    pub fn write(&mut self, results: &RegisterSet, bits: u32, guard: Option<Literal>, truth: Option<Truth>) {
         for register in results.iter().take_while(|&register| register < FIRST) {
             let clean = &mut self.clean[usize::from(register)];
             *clean = if guard.is_some() { *clean & !bits } else { !bits };
         }
         match (bits != 0, guard) {
-            (true, _) => self.taint(results, guard),
+            (true, guard) => self.taint(results, guard),
             (false, None) => self.clear(results),
             (false, Some(guard)) => {
-                let cases = &mut self.when[guard.predicate];
-                cases[usize::from(guard.holds)] = cases[usize::from(guard.holds)].without(results);
-                let either = cases[0].or(&cases[1]);
-                self.clear(&results.without(&either));
+                self.cases_of(guard, |set| *set = set.without(results));
+                let [one, other] = self.when[guard.predicate];
+                self.clear(&results.without(&one.or(&other)));
             }
         }
+        let found = self.found(truth);
+        self.keep(results, guard, truth);
         for predicate in (0..PREDICATES).filter(|&p| results.contains(FIRST + p as Bit)) {
-            self.define(predicate, flag.filter(|flag| flag.to == FIRST + predicate as Bit));
+            self.define(predicate, truth, found);
         }
-    }
-
-    /// A predicate gets a new value: what it was says nothing about what it is now, unless another one says the same.
-    fn define(&mut self, predicate: usize, flag: Option<Flag>) {
-        let same = flag.and_then(|flag| self.votes.iter().position(|&vote| vote == Some(flag.any)));
-        let about_it = |vote: &Option<Literal>| vote.is_some_and(|literal| literal.predicate == predicate);
-        self.votes.iter_mut().filter(|vote| about_it(vote)).for_each(|vote| *vote = None);
-        self.when[predicate] = same.map_or([self.all; 2], |same| self.when[same]);
-        self.votes[predicate] = flag.map(|flag| flag.any);
     }
 
     fn taint(&mut self, results: &RegisterSet, guard: Option<Literal>) {
+        // Where the guard does not hold the registers stay as they were.
+        let untouched = guard.map(|guard| (guard.not(), self.under(Some(guard.not()))));
         self.all = self.all.or(results);
-        for (predicate, cases) in self.when.iter_mut().enumerate() {
-            for (holds, set) in cases.iter_mut().enumerate() {
-                // Where the guard does not hold the registers stay as they were.
-                let untouched = guard.is_some_and(|g| g.predicate == predicate && usize::from(g.holds) != holds);
-                if !untouched {
-                    *set = set.or(results);
-                }
-            }
+        self.every_case(|set| *set = set.or(results));
+        if let Some((literal, before)) = untouched {
+            self.when[literal.predicate][usize::from(literal.holds)] = before;
         }
     }
 
     fn clear(&mut self, results: &RegisterSet) {
         self.all = self.all.without(results);
-        self.when.iter_mut().flatten().for_each(|set| *set = set.without(results));
+        self.every_case(|set| *set = set.without(results));
+    }
+
+    /// The cases of the bit that an instruction tests, if that keeps a predicate.
+    fn found(&self, truth: Option<Truth>) -> Option<[RegisterSet; 2]> {
+        let Some(Truth::Test { register, mask, .. }) = truth else { return None };
+        self.kept.iter().find(|kept| (kept.register, kept.mask) == (register, mask)).map(|kept| kept.when)
+    }
+
+    /// Follows what an instruction does to the predicates that are kept in registers.
+    fn keep(&mut self, results: &RegisterSet, guard: Option<Literal>, truth: Option<Truth>) {
+        match truth {
+            Some(Truth::Clear { register, mask }) if guard.is_none() => {
+                self.forget(register, mask);
+                let when = [self.all, RegisterSet::default()];
+                let bits = (0..32).map(|bit| 1 << bit).filter(|one| mask & one != 0);
+                self.kept.extend(bits.map(|mask| Kept { register, mask, now: Now::Zero, when }));
+                self.kept.sort_by_key(|kept| (kept.register, kept.mask));
+            }
+            Some(Truth::Set { register, mask }) => {
+                let is_it = |kept: &&mut Kept| (kept.register, kept.mask, kept.now) == (register, mask, Now::Zero);
+                match (self.kept.iter_mut().find(is_it), guard) {
+                    (Some(kept), Some(guard)) => {
+                        let cases = self.when[guard.predicate];
+                        kept.when = if guard.holds { cases } else { [cases[1], cases[0]] };
+                        kept.now = Now::Is(guard);
+                    }
+                    _ => self.forget(register, mask),
+                }
+            }
+            _ => self.kept.retain(|kept| !results.contains(kept.register)),
+        }
+    }
+
+    fn forget(&mut self, register: Bit, mask: u32) {
+        self.kept.retain(|kept| kept.register != register || kept.mask & mask == 0);
+    }
+
+    /// A predicate gets a new value: what it was says nothing about what it is now, unless that is known from elsewhere.
+    fn define(&mut self, predicate: usize, truth: Option<Truth>, found: Option<[RegisterSet; 2]>) {
+        let is_it = |to: Bit| to == FIRST + predicate as Bit;
+        let vote = match truth {
+            Some(Truth::Vote { to, any }) if is_it(to) => Some(any),
+            _ => None,
+        };
+        let same = vote.and_then(|any| self.votes.iter().position(|&vote| vote == Some(any)));
+        let tested = found.filter(|_| matches!(truth, Some(Truth::Test { to, .. }) if is_it(to)));
+        let about_it = |literal: Literal| literal.predicate == predicate;
+        self.votes.iter_mut().filter(|vote| vote.is_some_and(about_it)).for_each(|vote| *vote = None);
+        for kept in &mut self.kept {
+            if matches!(kept.now, Now::Is(literal) if about_it(literal)) {
+                kept.now = Now::Past;
+            }
+        }
+        self.when[predicate] = tested.or(same.map(|same| self.when[same])).unwrap_or([self.all; 2]);
+        self.votes[predicate] = vote;
     }
 
     /// Adds what is tainted on another path; says whether that is more.
@@ -141,6 +229,15 @@ impl State {
         for (mine, theirs) in self.when.iter_mut().flatten().zip(other.when.iter().flatten()) {
             *mine = mine.or(theirs);
         }
+        self.kept.retain_mut(|mine| {
+            let same = |theirs: &&Kept| (theirs.register, theirs.mask) == (mine.register, mine.mask);
+            let theirs = other.kept.iter().find(same);
+            if let Some(theirs) = theirs {
+                mine.now = if mine.now == theirs.now { mine.now } else { Now::Past };
+                mine.when = [0, 1].map(|case| mine.when[case].or(&theirs.when[case]));
+            }
+            theirs.is_some()
+        });
         for (mine, theirs) in self.votes.iter_mut().zip(other.votes) {
             *mine = mine.filter(|_| *mine == theirs);
         }
@@ -178,7 +275,7 @@ mod tests {
 
     #[test]
     fn two_votes_on_one_predicate_agree() {
-        let flag = |to| Some(Flag { to: FIRST + to, any: Literal::new(File::Predicate, 2, true) });
+        let flag = |to| Some(Truth::Vote { to: FIRST + to, any: Literal::new(File::Predicate, 2, true) });
         let uniform = |index| Some(Literal::new(File::UniformPredicate, index, true));
         let mut state = State::default();
         state.write(&set(&[300]), u32::MAX, None, None);
@@ -206,5 +303,32 @@ mod tests {
         state.write(&set(&[4]), u32::MAX, p(1, true), None);
         assert_eq!(state.under(p(1, false)), set(&[]));
         assert_eq!(state.under(None), set(&[4]));
+    }
+
+    #[test]
+    fn a_predicate_is_kept_in_a_register() {
+        let (register, mask) = (27, 1);
+        let flag = |truth| (set(&[register]), truth);
+        let run = |clear: bool, again: bool| {
+            let mut state = State::default();
+            let mut write =
+                |(results, truth): (RegisterSet, Option<Truth>), bits, guard| state.write(&results, bits, guard, truth);
+            write((set(&[176]), None), u32::MAX, None);
+            if clear {
+                write(flag(Some(Truth::Clear { register, mask })), 0, None);
+            }
+            write(flag(Some(Truth::Set { register, mask })), 0, p(6, true));
+            write((set(&[176]), None), 0, p(6, true));
+            write((set(&[FIRST + 6]), None), 0, None);
+            if again {
+                write(flag(Some(Truth::Set { register, mask })), 0, p(6, true));
+            }
+            write((set(&[FIRST + 6]), Some(Truth::Test { to: FIRST + 6, register, mask })), 0, None);
+            (state.under(p(6, true)), state.under(p(6, false)))
+        };
+        assert_eq!(run(true, false), (set(&[]), set(&[176])));
+        // A bit that may have been 1 before, or become so since, says nothing.
+        assert_eq!(run(false, false), (set(&[176]), set(&[176])));
+        assert_eq!(run(true, true), (set(&[176]), set(&[176])));
     }
 }

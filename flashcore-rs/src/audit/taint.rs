@@ -10,7 +10,7 @@ use super::operand::{File, Operand};
 use super::parse::{Instruction, Section};
 use super::registers::{RegisterSet, bit};
 use super::shared::Memory;
-use super::state::{Flag, Literal, State};
+use super::state::{Literal, State, Truth};
 
 /// The result of the analysis.
 #[derive(Debug)]
@@ -73,8 +73,8 @@ impl Taint {
                 self.before[index] = state.under(guard);
                 let bits = self.tainted_bits(section, memory, index, &state);
                 self.results[index] = bits != 0;
-                let copy = flag(&section.instructions[index]);
-                state.write(&self.effects[index].results, bits, guard, copy);
+                let truth = truth(&section.instructions[index]);
+                state.write(&self.effects[index].results, bits, guard, truth);
             }
             let last = &section.instructions[flow.blocks[block].end - 1];
             for &follower in &flow.successors[block] {
@@ -171,12 +171,38 @@ fn decision(branch: &Instruction, follower: usize) -> Option<Literal> {
     }
 }
 
-/// The predicate that an instruction copies or votes on, for the one predicate it writes.
-fn flag(instruction: &Instruction) -> Option<Flag> {
-    let register = |index: usize| instruction.operands.get(index).and_then(Operand::register);
-    let voted = instruction.opcode.name == "VOTEU" && instruction.has("ANY") && instruction.operands.len() == 2;
-    let (to, from) = (register(0)?, register(1)?);
-    let plain = voted && instruction.guard.is_none() && to.file == File::UniformPredicate;
-    let literal = Literal::new(from.file, from.index.filter(|_| plain && from.file == File::Predicate)?, !from.negated);
-    Some(Flag { to: bit(to.file, to.index?), any: literal })
+/// What an instruction does with a truth value.
+fn truth(instruction: &Instruction) -> Option<Truth> {
+    match (instruction.opcode.name, instruction.operands.as_slice()) {
+        ("VOTEU", [to, from]) if instruction.has("ANY") && instruction.guard.is_none() => {
+            let (to, from) = (to.register()?, from.register()?);
+            let any = Literal::new(from.file, from.index.filter(|_| from.file == File::Predicate)?, !from.negated);
+            let to = bit(to.file, to.index.filter(|_| to.file == File::UniformPredicate)?);
+            Some(Truth::Vote { to, any })
+        }
+        ("LOP3", [to, from, Operand::Integer(mask), zero, Operand::Integer(table), _]) if is_zero(zero) => {
+            let (to, from, mask) = (general(to)?, general(from)?, *mask as u32);
+            match table {
+                0xc0 if to == from => Some(Truth::Clear { register: to, mask: !mask }),
+                0xfc if to == from && mask.is_power_of_two() => Some(Truth::Set { register: to, mask }),
+                _ => None,
+            }
+        }
+        ("LOP3", [to, result, from, Operand::Integer(mask), zero, Operand::Integer(0xc0), _])
+            if is_zero(zero) && is_zero(result) && instruction.guard.is_none() =>
+        {
+            let (to, mask) = (to.register().filter(|to| to.file == File::Predicate)?, *mask as u32);
+            let to = bit(to.file, to.index?);
+            mask.is_power_of_two().then_some(Truth::Test { to, register: general(from)?, mask })
+        }
+        _ => None,
+    }
+}
+
+fn is_zero(operand: &Operand) -> bool {
+    matches!(operand.register(), Some(register) if register.index.is_none())
+}
+
+fn general(operand: &Operand) -> Option<u16> {
+    operand.register().filter(|register| register.file == File::General && !register.modified)?.index
 }
