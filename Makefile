@@ -33,8 +33,8 @@ kernels-check: $(VENV)/ready ## Prove that every committed bundle is what the so
 bench: ## Criterion benchmarks
 	cargo bench -p flashcore-benches
 
-fuzz: ## Fuzz the three targets for a while; needs nightly Rust and cargo-fuzz
-	cd flashcore-rs && for target in bundle manifest launch; do \
+fuzz: ## Fuzz the four targets for a while; needs nightly Rust and cargo-fuzz
+	cd flashcore-rs && for target in bundle manifest launch listing; do \
 		cargo +nightly fuzz run $$target -- -max_total_time=300 -max_len=4096 || exit 1; done
 
 asan: ## The host tests under AddressSanitizer; needs nightly Rust

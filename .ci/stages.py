@@ -37,6 +37,8 @@ STAGES = (
     Stage("rust", 240, "cargo test --workspace --all-features"),
     Stage("kernels", 300, "python -m pytest -q kernels/tests"),
     Stage("kernels-check", 120, "python -m kernels check"),
+    Stage("audit", 180, "python -m kernels audit"),
+    Stage("audit-plants", 120, "python -m kernels.plants --corpus 0.1 --mutations 12"),
     Stage("crate", 120, "python .ci/consumer.py"),
     Stage("wheel", 180, "python .ci/wheel.py"),
     Stage("typing", 60, "mypy kernels python/flashcore benches/tables.py benches/sanitize.py"),

@@ -1,4 +1,4 @@
-"""`python -m kernels build|list|check|tune`: make the bundles, show and prove what is in them, choose what goes in."""
+"""`python -m kernels build|list|check|audit|tune`: make, show, prove and audit the bundles, choose what goes in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kernels import bundle, compile, specs, tune
+from kernels import audit, bundle, compile, specs, tune
 from kernels.bundle import Bundle
 from kernels.compile import Member
 from kernels.specs import Spec
@@ -71,7 +72,7 @@ def compile_with_progress(wanted: list[Spec], jobs: int) -> tuple[dict[tuple[str
 
 
 def build(args: argparse.Namespace) -> int:
-    """Write the bundles, compiling what changed since the last build (or everything)."""
+    """Write the bundles, compiling what changed since the last build (or everything), if the auditor lets them pass."""
     wanted = {arch: specs.specs(arch, args.only) for arch in args.arch}
     members: dict[tuple[str, str], list[Member]] = {}
     for arch, matrix in wanted.items():
@@ -82,6 +83,9 @@ def build(args: argparse.Namespace) -> int:
     stale = [spec for matrix in wanted.values() for spec in matrix if (spec.arch, spec.name) not in members]
     built, failures = compile_with_progress(stale, args.jobs)
     members |= built
+    whole = {arch: matrix for arch, matrix in wanted.items() if all((arch, s.name) in members for s in matrix)}
+    members, refused = audited(whole, members)
+    failures += refused
     for arch, matrix in wanted.items():
         if any((arch, spec.name) not in members for spec in matrix):
             failures.append(f"{arch}: left as it was")
@@ -92,6 +96,52 @@ def build(args: argparse.Namespace) -> int:
         print(f"{arch}: {len(matrix)} variants, {len(data)} bytes")
     print("\n".join(failures), file=sys.stderr, end="\n" if failures else "")
     return 1 if failures else 0
+
+
+Members = dict[tuple[str, str], list[Member]]
+
+
+def audited(wanted: dict[str, list[Spec]], members: Members) -> tuple[Members, list[str]]:
+    """The members with the auditor's verdict in their entries, without those that fail; a line for each of these."""
+    with tempfile.TemporaryDirectory(prefix="flashcore-bundles-") as folder:
+        files = []
+        for arch, matrix in wanted.items():
+            files.append(Path(folder) / f"{arch}.fcb")
+            files[-1].write_bytes(_pack(arch, [(spec, members[arch, spec.name]) for spec in matrix]))
+        reports, tools = audit.run(files) if files else ([], {})
+    # Code may be audited twice under different declarations; one complaint is enough to refuse it.
+    refused = {report["sha256"]: audit.complaint(report) for report in reports if report["verdict"] != "pass"}
+    verdicts = {report["sha256"]: audit.entry(report, tools) for report in reports}
+    kept: Members = {}
+    for name, launches in members.items():
+        hashes = [member.entry["code"]["sha256"] for member in launches]
+        if name[0] in wanted and not refused.keys() & set(hashes):
+            entries = [member.entry | {"audit": verdicts[h]} for member, h in zip(launches, hashes, strict=True)]
+            kept[name] = [Member(member.code, made) for member, made in zip(launches, entries, strict=True)]
+    return kept, list(refused.values())
+
+
+def reaudit(args: argparse.Namespace) -> int:
+    """Audit the committed bundles, and prove that their manifests say what the audit says."""
+    started = time.monotonic()
+    reports, tools = audit.run([bundle_path(arch) for arch in args.arch], *audit_options(args))
+    problems = [audit.complaint(report) for report in reports if report["verdict"] != "pass"]
+    verdicts = {report["sha256"]: audit.entry(report, tools) for report in reports}
+    for arch in args.arch:
+        committed = read(arch)
+        for variant in committed.manifest["variants"] if committed else []:
+            for launch in variant["launches"]:
+                if launch["audit"] != verdicts[launch["code"]["sha256"]]:
+                    problems.append(
+                        f"{arch} {variant['name']}: the manifest has {launch['audit']}, not what the audit says"
+                    )
+    print("\n".join(problems) if problems else f"{len(reports)} cubins audited, all pass", end="")
+    print(f" (nvdisasm {tools['nvdisasm']}, {time.monotonic() - started:.0f} s)")
+    return 1 if problems else 0
+
+
+def audit_options(args: argparse.Namespace) -> list[str]:
+    return ["--markdown", str(args.markdown)] if args.markdown else []
 
 
 def _pack(arch: str, variants: Iterable[tuple[Spec, list[Member]]]) -> bytes:
@@ -215,7 +265,7 @@ def _at_revision(arch: str, revision: str) -> Bundle:
 
 
 def compare_members(arch: str, built: dict[str, list[Member]], committed: Bundle) -> list[str]:
-    """Byte for byte, and every measured field; `compare_manifest` has looked at the source hash."""
+    """Byte for byte, and every measured field but the verdict; `compare_manifest` has looked at the source hash."""
     problems = []
     variants = committed.variants()
     for name, members in built.items():
@@ -224,7 +274,7 @@ def compare_members(arch: str, built: dict[str, list[Member]], committed: Bundle
         for member, launch in zip(members, variants[name]["launches"], strict=True):
             if member.code != committed.member(launch):
                 problems.append(f"{arch} {name}: the committed code is not what the sources give")
-            elif member.entry != _without_offset(launch) | {"source_sha256": member.entry["source_sha256"]}:
+            elif member.entry != _without_offset(launch) | {k: member.entry[k] for k in ("source_sha256", "audit")}:
                 problems.append(f"{arch} {name}: same code, but the manifest entry is not what the build gives")
     return problems
 
@@ -232,15 +282,17 @@ def compare_members(arch: str, built: dict[str, list[Member]], committed: Bundle
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("build", build), ("list", show), ("check", check)):
+    for name, function in (("build", build), ("list", show), ("check", check), ("audit", reaudit)):
         command = commands.add_parser(name, help=(function.__doc__ or "").splitlines()[0])
         command.set_defaults(function=function)
         command.add_argument("--arch", action="append", choices=specs.ARCHES, help="one of them (default: all)")
-        if name != "list":
+        if name in ("build", "check"):
             command.add_argument("--all", action="store_true", help="compile everything, changed or not")
             command.add_argument("--jobs", type=int, default=os.cpu_count())
         if name == "build":
             command.add_argument("--only", choices=specs.FAMILIES, help="leave the other kernel families out")
+        if name == "audit":
+            command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
         if name == "list":
             command.add_argument("--json", action="store_true")
         if name == "check":
@@ -252,7 +304,7 @@ def main() -> int:
     args.arch = args.arch or list(specs.ARCHES)
     try:
         result: int = args.function(args)
-    except (bundle.BundleError, compile.CompileError) as error:
+    except (audit.AuditError, bundle.BundleError, compile.CompileError) as error:
         print(error, file=sys.stderr)
         return 1
     return result

@@ -163,10 +163,11 @@ MANIFEST: dict[str, Any] = {
                     "block_threads": int,
                     "cluster": int,
                     "shared_bytes": int,
+                    "tile_bytes": int,
                     "registers": int,
                     "spill_bytes": int,
                     "params": [dict],
-                    "audit": str,
+                    "audit": {"verdict": {"not_run", "pass", "pass_as_assembled"}, "auditor": int, "disassembler": str},
                 }
             ],
         }

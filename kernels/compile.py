@@ -37,6 +37,8 @@ BUILD_ENV = {
     "TRITON_DUMP_PTXAS_LOG": "1",  # read by `_compile_launch`, to refuse serialised WGMMA
 }
 
+NOT_AUDITED = {"verdict": "not_run", "auditor": 0, "disassembler": ""}
+
 AXES = ("batch", "head", "seq", "dim")
 ABI = {"i32": ("i32", 4), "i64": ("i64", 8), "fp32": ("f32", 4)}
 SWIZZLE_BYTES = (0, 32, 64, 128)  # by tensordesc_meta's code
@@ -204,10 +206,11 @@ def _compile_launch(spec: Spec, launch: Launch) -> Member:
         "block_threads": facts.block_threads,
         "cluster": launch.num_ctas,
         "shared_bytes": meta.shared,
+        "tile_bytes": launch.tile_bytes,
         "registers": facts.registers,
         "spill_bytes": facts.stack,
         "params": [param for param, _ in params],
-        "audit": "not_run",
+        "audit": dict(NOT_AUDITED),
     }
     return Member(code, entry)
 

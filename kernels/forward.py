@@ -17,6 +17,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _reciprocal(x):
+    # A division would guard instructions by its operands. At most 1 ulp off, for normal numbers.
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _log(x):
+    # As would the library's logarithm. At most 2^-22 off, or 2^-22 of the result if that is larger.
+    log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return log2 * LN_2
+
+
+@triton.jit
 def _tiles(n, BLOCK: tl.constexpr):
     """ceil(n / BLOCK), also for n near 2^31."""
     return n // BLOCK + tl.minimum(n % BLOCK, 1)
@@ -213,8 +226,9 @@ def attention_forward(
             row_first, seq_len_k, band_lo, band_hi, scale, BAND, ATTN_MASK, True, PADDED, BLOCK_K
         )  # fmt: skip
 
+    # Either 0 or at least the 1 that the largest score adds, so that neither approximation meets a subnormal.
     sum_or_1 = tl.where(row_sum == 0.0, 1.0, row_sum)
-    acc = acc * (1.0 / sum_or_1)[:, None]
+    acc = acc * _reciprocal(sum_or_1)[:, None]
     out_base = out + batch * out_stride_batch + head_q * out_stride_head + row_first.to(tl.int64) * out_stride_seq
     out_pointers = out_base + rows[:, None].to(tl.int64) * out_stride_seq + dims[None, :]
     if PADDED:
@@ -222,9 +236,9 @@ def attention_forward(
     else:
         tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=rows_ok[:, None])
     if ATTN_MASK == "additive":
-        log_sum = row_max + tl.log(sum_or_1)
+        log_sum = row_max + _log(sum_or_1)
     else:
-        log_sum = row_max * LN_2 + tl.log(sum_or_1)
+        log_sum = row_max * LN_2 + _log(sum_or_1)
     log_sum = tl.where(row_sum == 0.0, float("-inf"), log_sum)
     lse_rows = tl.where(lse.to(tl.int64) != 0, rows_left, 0)
     lse_base = lse + (batch * num_heads_q + head) * seq_len_q + row_first

@@ -67,8 +67,9 @@ class Launch:
     `tensordesc<...>`) or `constexpr`, in which case `constexprs` has the value. `values` names the quantity each
     run-time argument receives (`docs/bundle.md`, Params); a `tensordesc` argument names the tensor alone (`"q"`) and
     expands to its map, four shapes and four strides. `divisibility` promises that a pointer (in bytes) or an integer
-    (in its own unit) is a multiple. `sources` are the modules whose text makes this kernel: the first one defines it,
-    the others hold device functions it calls.
+    (in its own unit) is a multiple. `tile_bytes` is how much of the shared memory, from its start, the tiles take,
+    where the compiler keeps variables of its own behind them; the audit builds on it (docs/security). `sources` are the
+    modules whose text makes this kernel: the first one defines it, the others hold device functions it calls.
     """
 
     kernel: str
@@ -81,6 +82,7 @@ class Launch:
     num_stages: int
     divisibility: Mapping[str, int] = field(default_factory=dict)
     num_ctas: int = 1
+    tile_bytes: int = 0
     options: Mapping[str, bool | int | str] = field(default_factory=dict)
 
 
@@ -346,6 +348,11 @@ class HopperShape:
     def rows(self) -> int:
         return self.consumers * CONSUMER_ROWS
 
+    def tile_bytes(self, head_dim: int, split: bool) -> int:
+        """Of the rings of queries, keys and values, and of the output, which a build that splits the keys has not."""
+        out = 0 if split else self.rows * min(head_dim, OUT_COLUMNS)
+        return 2 * (head_dim * (self.queries * self.rows + 2 * self.stages * self.key) + out)
+
     @property
     def slug(self) -> str:
         """Whatever is not as usual, in a word."""
@@ -392,6 +399,7 @@ def _hopper_launch(dtype: str, head_dim: int, band: bool, shape: HopperShape, sp
         grid=Grid(x=("num_tiles", *(("key_splits",) if split else ())), max_ctas_per_sm=1),
         num_warps=4,  # of the first consumer; the other partitions bring their own
         num_stages=1,
+        tile_bytes=shape.tile_bytes(head_dim, split),
     )
 
 

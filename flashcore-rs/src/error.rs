@@ -176,6 +176,17 @@ pub enum BundleError {
         /// What differs.
         detail: String,
     },
+    /// Only audited kernels were asked for, and this one is not.
+    #[error(
+        "{variant}: the constant-trace audit says {verdict} of its code, and only audited kernels were asked for; take a \
+         bundle that passes it, or drop that option"
+    )]
+    NotAudited {
+        /// The variant.
+        variant: String,
+        /// What the manifest says of it.
+        verdict: String,
+    },
     /// The bundle is for another architecture than the device.
     #[error("bundle is for {bundle}, the device is {device}")]
     ForeignArch {

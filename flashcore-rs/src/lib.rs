@@ -25,6 +25,8 @@
 //! ```
 
 pub mod attention;
+#[cfg(feature = "audit")]
+pub mod audit;
 pub mod bundle;
 pub mod cpu;
 mod device;

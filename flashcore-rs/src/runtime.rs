@@ -7,7 +7,7 @@ use crate::attention::check::Operands;
 use crate::attention::{
     Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, restate, select,
 };
-use crate::bundle::manifest::{Launch, Variant};
+use crate::bundle::manifest::{AuditVerdict, Launch, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
 use crate::device::{Captured, DeviceContext, Loan, Stream, enqueue};
@@ -46,6 +46,7 @@ pub struct RuntimeBuilder {
     ordinal: u32,
     arch: Option<String>,
     bundle: Option<Vec<u8>>,
+    audited_only: bool,
     driver: Option<Arc<dyn Driver>>,
 }
 
@@ -73,6 +74,13 @@ impl RuntimeBuilder {
         self.bundle_bytes(bytes.into())
     }
 
+    /// Opens only a bundle all of whose kernels passed the constant-trace audit: no branch, address or guard in their
+    /// machine code depends on what tensors hold. PTX, which the driver compiles, cannot pass.
+    pub fn audited_only(mut self, audited_only: bool) -> Self {
+        self.audited_only = audited_only;
+        self
+    }
+
     pub(crate) fn bundle_bytes(mut self, bytes: Vec<u8>) -> Self {
         self.bundle = Some(bytes);
         self
@@ -87,7 +95,7 @@ impl RuntimeBuilder {
     ///
     /// # Errors
     /// [`Error::DriverNotFound`], [`Error::DriverTooOld`], [`Error::NoDevice`], [`Error::NoBundle`],
-    /// [`Error::Bundle`], or a driver failure.
+    /// [`Error::Bundle`] (also of [`RuntimeBuilder::audited_only`]), or a driver failure.
     pub fn build(self) -> Result<Runtime> {
         let driver = match self.driver {
             Some(driver) => driver,
@@ -107,6 +115,9 @@ impl RuntimeBuilder {
                 device: format!("{} (compute capability {major}.{minor})", context.info.name),
             }
             .into());
+        }
+        if self.audited_only {
+            check_audited(bundle.manifest())?;
         }
         let stream = Stream::create(context.clone())?;
         let runtime = DeviceRuntime { context, bundle, stream, functions: Mutex::default(), plans: RwLock::default() };
@@ -370,6 +381,16 @@ impl DeviceRuntime {
         check_abi(context, function, variant, launch)?;
         Ok(function)
     }
+}
+
+/// Refuses a bundle with a kernel that has not passed the audit.
+fn check_audited(manifest: &Manifest) -> Result<()> {
+    let launches = manifest.variants.iter().flat_map(|v| v.launches.iter().map(move |launch| (v, launch)));
+    let mut unaudited = launches.filter(|(_, launch)| launch.audit.verdict != AuditVerdict::Pass);
+    unaudited.next().map_or(Ok(()), |(variant, launch)| {
+        let verdict = launch.audit.verdict.to_string();
+        Err(BundleError::NotAudited { variant: variant.name.clone(), verdict }.into())
+    })
 }
 
 /// Compares the manifest's parameter list with what the driver read from the code.

@@ -188,10 +188,11 @@ fn variant(
             "block_threads": 128,
             "cluster": 1,
             "shared_bytes": 98304,
+            "tile_bytes": 0,
             "registers": 255,
             "spill_bytes": 0,
             "params": if hopper { hopper_params(band) } else { portable_params(mask) },
-            "audit": "not_run",
+            "audit": {"verdict": "not_run", "auditor": 0, "disassembler": ""},
         }],
     })
 }

@@ -69,9 +69,30 @@ def quantities(problem: Problem, spec: Spec, tensors: dict[str, Array], lse: Arr
     return values
 
 
+APPROXIMATIONS = {
+    "rcp.approx.ftz.f32 $0, $1;": np.reciprocal,
+    "lg2.approx.ftz.f32 $0, $1;": np.log2,
+}
+
+
+def _inline_asm(_builder: Any, asm: str, _constraints: str, values: list[Any], *_: Any) -> Any:
+    """The instructions that the kernels name, which the interpreter does not know, to the last bit."""
+    from triton.runtime.interpreter import TensorHandle
+
+    (value,) = values
+
+    class Call:
+        def get_result(self, _index: int) -> Any:
+            return TensorHandle(APPROXIMATIONS[asm](value.data), value.dtype)
+
+    return Call()
+
+
 def run(spec: Spec, problem: Problem, tensors: dict[str, Array]) -> tuple[Array, Array]:
     """out and lse. Fails if the kernel wrote anywhere else."""
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
     (launch,) = spec.launches
     kernel = getattr(importlib.import_module(launch.sources[0]), launch.kernel)
     buffer, out = poisoned(problem.shape("out"), problem.layout, problem.alignment, CANARY)

@@ -28,11 +28,12 @@ def member(code: bytes, spec: specs.Spec) -> Member:
         "grid": {"x": ["tiles_query", 2], "y": [], "z": [], "max_ctas_per_sm": None},
         "block_threads": 128,
         "cluster": 1,
+        "tile_bytes": 0,
         "shared_bytes": 1024,
         "registers": 100,
         "spill_bytes": 0,
         "params": [param for param, _ in compile.expand_params(launch, [])],
-        "audit": "not_run",
+        "audit": {"verdict": "not_run", "auditor": 0, "disassembler": ""},
     }
     return Member(code, entry)
 

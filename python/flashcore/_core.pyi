@@ -153,7 +153,14 @@ class Kernel:
 
 @final
 class Runtime:
-    def __new__(cls, device: str = "cuda:0", *, arch: str | None = None, bundle: bytes | None = None) -> Runtime: ...
+    def __new__(
+        cls,
+        device: str = "cuda:0",
+        *,
+        arch: str | None = None,
+        bundle: bytes | None = None,
+        audited_only: bool = False,
+    ) -> Runtime: ...
     @property
     def device(self) -> str: ...
     @property

@@ -183,3 +183,8 @@ def test_foreign_and_damaged_bundles_on_a_device(cuda: str) -> None:
     foreign = "sm_80" if major != 8 else "sm_90a"
     with pytest.raises(flashcore.BundleError, match=f"bundle is for {foreign}, the device is"):
         flashcore.Runtime("cuda:0", bundle=(BUNDLES / f"{foreign}.fcb").read_bytes())
+
+
+def test_audited_only_needs_kernels() -> None:
+    with pytest.raises(ValueError, match="audited_only"):
+        flashcore.Runtime("cpu", audited_only=True)

@@ -243,6 +243,8 @@ pub struct Launch {
     pub cluster: u32,
     /// Dynamic shared memory.
     pub shared_bytes: u32,
+    /// Bytes at its start that hold tiles, where the compiler keeps variables of its own behind them; else 0.
+    pub tile_bytes: u32,
     /// Registers per thread at entry.
     pub registers: u32,
     /// Bytes of local memory per thread.
@@ -250,7 +252,41 @@ pub struct Launch {
     /// The parameter list.
     pub params: Vec<Param>,
     /// The verdict of the constant-trace audit.
-    pub audit: String,
+    pub audit: Audit,
+}
+
+/// What the constant-trace audit said of a launch's code. Code that fails it is not bundled.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// How it ended.
+    pub verdict: AuditVerdict,
+    /// Version of the auditor's rules.
+    pub auditor: u32,
+    /// Version of the disassembler.
+    pub disassembler: String,
+}
+
+/// How the audit of a launch's code ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuditVerdict {
+    /// There was none.
+    NotRun,
+    /// No control flow, address or guard of memory depends on what tensors hold.
+    Pass,
+    /// That holds for the code that the build's assembler makes of this PTX; a driver makes its own.
+    PassAsAssembled,
+}
+
+impl fmt::Display for AuditVerdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotRun => "not_run",
+            Self::Pass => "pass",
+            Self::PassAsAssembled => "pass_as_assembled",
+        })
+    }
 }
 
 /// A member of the code section.

@@ -163,6 +163,19 @@ impl DeviceBuffer {
         Ok(buffer)
     }
 
+    /// Copies host data of the same size into the buffer, after everything queued on its home stream.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when the sizes differ or the stream is being captured; a driver failure.
+    #[cfg(feature = "validate")]
+    pub(crate) fn overwrite<T: Element>(&mut self, data: &[T]) -> Result<()> {
+        let bytes = as_bytes(data);
+        if bytes.len() != self.len() {
+            return Err(Error::invalid("data", format!("{} bytes", bytes.len()), format!("{} bytes", self.len())));
+        }
+        self.queue("copy", |context, home| context.driver.copy_to_device(context.handle, self.address(), bytes, home))
+    }
+
     /// Copies the contents to the host, after everything queued on the buffer. Memory that nothing was written to holds
     /// anything.
     ///

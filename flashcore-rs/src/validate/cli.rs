@@ -12,11 +12,12 @@ use super::case::Case;
 use super::correct::check_repeatedly;
 use super::matrix::{Extent, classic, matrix};
 use super::measure::{LAUNCHES, Protocol, measure};
-use super::report::{CorrectRow, Environment, Evidence, MeasureRow, correct_table, measure_table, row};
+use super::report::{CorrectRow, Environment, Evidence, MeasureRow, correct_table, ct_time_table, measure_table, row};
 use super::subject::Subject;
 use super::ui::Ui;
-use super::{Exit, dump};
+use super::{Exit, ct_time, dump};
 use crate::runtime::Runtime;
+use crate::tensor::Device;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -27,7 +28,7 @@ const SHOWN: usize = 20;
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 everything passed; 1 a wrong result; 2 regression; 3 constant-time violation; 4 inconclusive;
-5 environment or usage; 6 selftest failed. (2, 3, 4 and 6 belong to commands that are still to come.)";
+5 environment or usage; 6 selftest failed. (2 belongs to a command that is still to come.)";
 
 /// Is FlashCore right on this machine, and how fast is it? Without a command: `correct`, then `measure`.
 #[derive(Parser)]
@@ -50,6 +51,15 @@ enum Command {
         /// Folder for the files
         folder: PathBuf,
     },
+    /// Times kernels with inputs as different as can be: does the time depend on values?
+    CtTime {
+        /// Bundles with planted leaks that the test has to find
+        #[arg(long, value_name = "FILE", num_args = 1..)]
+        planted: Vec<PathBuf>,
+    },
+    /// Audits machine code: does it branch on, or address by, the values it processes?
+    #[cfg(feature = "audit")]
+    Ct(crate::audit::cli::CtArguments),
 }
 
 #[derive(Args)]
@@ -133,6 +143,14 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Exit {
 
 fn run(cli: &Cli) -> Result<Exit> {
     let options = &cli.options;
+    #[cfg(feature = "audit")]
+    if let Some(Command::Ct(arguments)) = &cli.command {
+        let (exit, table) =
+            crate::audit::cli::run(arguments, &options.filter, &options.commit, options.json.as_deref())?;
+        print(&table);
+        print(if exit == Exit::Pass { "PASS" } else { "FAIL" });
+        return Ok(exit);
+    }
     let wants = |command: Command| cli.command.is_none() || cli.command == Some(command);
     let select = |cases: Vec<Case>| -> Vec<Case> { cases.into_iter().filter(|case| options.selects(case)).collect() };
     let problems = if cli.command == Some(Command::Measure) { Vec::new() } else { select(matrix(options.extent())) };
@@ -150,6 +168,9 @@ fn run(cli: &Cli) -> Result<Exit> {
     let (runtime, environment) = options.open()?;
     let mut ui = Ui::new();
     ui.line(&environment.summary());
+    if let Some(Command::CtTime { planted }) = &cli.command {
+        return ct_time_all(&runtime, planted, options, environment, &mut ui);
+    }
     if let Some(Command::Dump { folder }) = &cli.command {
         return dump_all(&runtime, &problems, options.seed, folder, &mut ui);
     }
@@ -161,11 +182,7 @@ fn run(cli: &Cli) -> Result<Exit> {
     if !configurations.is_empty() {
         exit = exit.and(timings(&runtime, &configurations, options, &mut ui, &mut evidence)?);
     }
-    if let Some(path) = &options.json {
-        let mut text = serde_json::to_string_pretty(&evidence)?;
-        text.push('\n');
-        std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
-    }
+    options.write(&evidence)?;
     print(if exit == Exit::Pass { "PASS" } else { "FAIL" });
     Ok(exit)
 }
@@ -177,6 +194,12 @@ impl Options {
             (_, true) => Extent::Full,
             _ => Extent::Default,
         }
+    }
+
+    fn write(&self, evidence: &Evidence) -> Result<()> {
+        let Some(path) = &self.json else { return Ok(()) };
+        let text = serde_json::to_string_pretty(evidence)? + "\n";
+        std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
     }
 
     fn selects(&self, case: &Case) -> bool {
@@ -320,6 +343,71 @@ fn timings(runtime: &Runtime, cases: &[Case], options: &Options, ui: &mut Ui, ev
         print(&format!("FAILED {}: {}", failure.name, failure.verdict.reason()));
     }
     Ok(if rows.iter().all(|row| row.verdict.pass) { Exit::Pass } else { Exit::Correctness })
+}
+
+/// The shipped kernels and the planted leaks, timed with every class of inputs.
+fn ct_time_all(
+    runtime: &Runtime,
+    planted: &[PathBuf],
+    options: &Options,
+    environment: Environment,
+    ui: &mut Ui,
+) -> Result<Exit> {
+    let mut evidence = Evidence::new("ct-time", &options.commit, environment);
+    let ordinal = match runtime.device() {
+        Device::Cuda(ordinal) => ordinal,
+        Device::Cpu => 0,
+    };
+    let runtimes = planted.iter().map(|path| open_planted(path, ordinal)).collect::<Result<Vec<_>>>()?;
+    let subject = |name: String, planted, runtime, (case, regime, rounds)| ct_time::Subject {
+        name,
+        planted,
+        runtime,
+        case,
+        regime,
+        rounds: options.rounds.map_or(rounds, |rounds| rounds as usize),
+    };
+    let shipped =
+        ct_time::shipped(options.quick).into_iter().map(|problem| subject("shipped".into(), false, runtime, problem));
+    let leaks = planted
+        .iter()
+        .zip(&runtimes)
+        .map(|(path, runtime)| subject(ct_time::planted_name(path), true, runtime, ct_time::planted(options.quick)));
+    let mut rows = Vec::new();
+    for subject in shipped.chain(leaks) {
+        ui.phase(&subject.name, subject.rounds);
+        rows.extend(ct_time::run(&subject, options.seed, &mut || ui.done())?);
+    }
+    ui.finish();
+    for result in &rows {
+        evidence.rows.push(row("ct_time", result)?);
+    }
+    options.write(&evidence)?;
+    print(&ct_time_table(&rows).to_string());
+    let (found, missed) = ct_time::complaints(&rows);
+    for leak in &found {
+        print(&format!("DIFFERENT: {leak}"));
+    }
+    for name in &missed {
+        print(&format!("NOT FOUND: the leak planted in {name}"));
+    }
+    let undecided = rows.iter().any(|row| !row.planted && row.test.outcome == ct_time::Outcome::Inconclusive);
+    let exit = match (missed.is_empty(), found.is_empty(), undecided) {
+        (false, _, _) => Exit::Selftest,
+        (true, false, _) => Exit::ConstantTime,
+        (true, true, true) => Exit::Inconclusive,
+        (true, true, false) => Exit::Pass,
+    };
+    print(&format!("{exit:?}"));
+    Ok(exit)
+}
+
+fn open_planted(path: &Path, ordinal: u32) -> Result<Runtime> {
+    let bytes = read(path)?;
+    // SAFETY: whoever runs this program with `--planted` vouches for the file, as for the program itself.
+    #[expect(unsafe_code, reason = "kernels that the user names")]
+    let builder = unsafe { Runtime::builder().ordinal(ordinal).bundle(bytes) };
+    Ok(builder.build()?)
 }
 
 fn dump_all(runtime: &Runtime, cases: &[Case], seed: u64, folder: &Path, ui: &mut Ui) -> Result<Exit> {

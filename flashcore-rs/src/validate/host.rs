@@ -229,6 +229,14 @@ impl HostTensor {
         each!(&self.data, data => DeviceBuffer::from_slice(stream, data))
     }
 
+    /// Copies the memory into one that was uploaded before.
+    ///
+    /// # Errors
+    /// As [`DeviceBuffer::overwrite`].
+    pub(super) fn overwrite(&self, buffer: &mut DeviceBuffer) -> Result<()> {
+        each!(&self.data, data => buffer.overwrite(data))
+    }
+
     /// The tensor in a copy of the memory.
     ///
     /// # Errors

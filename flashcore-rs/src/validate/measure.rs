@@ -199,7 +199,14 @@ impl<'a> Arm<'a> {
     /// # Errors
     /// Whatever keeps the case from running.
     pub fn new(runtime: &'a Runtime, case: &Case, seed: u64) -> Result<Self> {
-        let inputs = Inputs::draw(case, seed)?;
+        Self::with(runtime, case, Inputs::draw(case, seed)?)
+    }
+
+    /// The same with inputs that are drawn already.
+    ///
+    /// # Errors
+    /// As [`Arm::new`].
+    pub fn with(runtime: &'a Runtime, case: &Case, inputs: Inputs) -> Result<Self> {
         let (out, _) = Inputs::outputs(case)?;
         if runtime.device() == Device::Cpu {
             return Ok(Self { runtime, inputs, out, device: None });
@@ -217,6 +224,20 @@ impl<'a> Arm<'a> {
             device.graph = Some(graph);
         }
         Ok(arm)
+    }
+
+    /// Puts other inputs of the same shapes into the same memory.
+    ///
+    /// # Errors
+    /// A driver failure.
+    pub fn replace(&mut self, inputs: Inputs) -> Result<()> {
+        if let Some(OnDevice { inputs: buffers, .. }) = &mut self.device {
+            for (tensor, buffer) in [&inputs.query, &inputs.key, &inputs.value].into_iter().zip(buffers) {
+                tensor.overwrite(buffer)?;
+            }
+        }
+        self.inputs = inputs;
+        Ok(())
     }
 
     /// The call itself: on a device it only queues the work.

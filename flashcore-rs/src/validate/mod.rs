@@ -5,12 +5,13 @@
 //! - A [`Subject`] computes attention: a [`Runtime`](crate::Runtime) on a device or on the CPU.
 //! - [`check`] draws independent inputs from a seed, runs a subject into poisoned memory, and judges what it wrote against
 //!   the fp64 oracle.
-//! - [`measure`] times whole calls and launches.
+//! - [`measure`] times whole calls and launches; [`ct_time`] asks whether times depend on values.
 //! - [`Evidence`] is what is kept of a run, and [`cli`] the command line.
 
 mod case;
 pub mod cli;
 mod correct;
+pub mod ct_time;
 mod dump;
 mod host;
 mod inputs;

@@ -232,6 +232,28 @@ pub(super) fn correct_table(rows: &[CorrectRow]) -> Table {
     table
 }
 
+/// Classes of inputs beside the reference.
+pub(super) fn ct_time_table(rows: &[super::ct_time::Row]) -> Table {
+    let header =
+        ["kernel", "regime", "case", "class", "reference us", "us", "largest decile difference", "margin", "test"];
+    let mut table = new_table(&header);
+    for row in rows {
+        let largest = row.test.deciles.iter().map(|difference| difference.abs()).fold(0.0, f64::max);
+        table.add_row([
+            row.subject.clone(),
+            format!("{:?}", row.regime),
+            row.case.clone(),
+            format!("{:?}", row.class),
+            format!("{:.3}", row.us[0].median),
+            format!("{:.3}", row.us[1].median),
+            format!("{largest:.4} +- {:.4}", row.test.band),
+            format!("{:.4}", row.test.margin),
+            format!("{:?}", row.test.outcome),
+        ]);
+    }
+    table
+}
+
 /// The measured configurations.
 pub(super) fn measure_table(rows: &[MeasureRow], device: Device) -> Table {
     let header =

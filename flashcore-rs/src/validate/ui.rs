@@ -17,7 +17,7 @@ impl Ui {
     }
 
     /// Starts a phase of so many steps.
-    pub(super) fn phase(&mut self, name: &'static str, steps: usize) {
+    pub(super) fn phase(&mut self, name: &str, steps: usize) {
         self.bar.finish_and_clear();
         if !self.terminal {
             self.line(&format!("{name}: {steps} steps"));
@@ -25,7 +25,7 @@ impl Ui {
         }
         let template = "{prefix:>12} [{bar:40}] {pos}/{len}, {eta} left  {wide_msg}";
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        self.bar = ProgressBar::new(steps as u64).with_style(style.progress_chars("=> ")).with_prefix(name);
+        self.bar = ProgressBar::new(steps as u64).with_style(style.progress_chars("=> ")).with_prefix(name.to_owned());
         self.bar.enable_steady_tick(Duration::from_millis(200));
     }
 

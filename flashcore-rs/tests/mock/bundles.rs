@@ -1,8 +1,11 @@
 //! Hostile bundles: an error, never a panic.
 
 use flashcore::bundle::{Bundle, Manifest, embedded};
-use flashcore::testing::{pack, sample, sample_bundle};
-use flashcore::{BundleError, Runtime};
+use std::sync::Arc;
+
+use crate::support::with_bundle;
+use flashcore::testing::{MockDriver, pack, sample, sample_bundle};
+use flashcore::{BundleError, Error, Runtime};
 use serde_json::{Value, json};
 
 fn refusal(bytes: &[u8]) -> String {
@@ -80,6 +83,39 @@ fn headers_are_checked() {
     assert_eq!(with(80, &[0; 32]), "code section: sha256 mismatch (the bundle is corrupt)");
     let message = with(16, &u64::MAX.to_le_bytes());
     assert!(message.starts_with("body: "), "{message}");
+}
+
+#[test]
+fn audited_kernels_can_be_asked_for() {
+    let driver = Arc::new(MockDriver::default());
+    let open = |verdict: &str, audited_only: bool| {
+        let (mut manifest, code) = sample();
+        let variants = manifest["variants"].as_array_mut().expect("variants");
+        variants.iter_mut().for_each(|variant| variant["launches"][0]["audit"]["verdict"] = json!("pass"));
+        variants[1]["launches"][0]["audit"]["verdict"] = json!(verdict);
+        let bundle = pack(manifest.to_string().as_bytes(), &code);
+        with_bundle(&driver, Runtime::builder().audited_only(audited_only), bundle).map(|_| ())
+    };
+    assert_eq!(open("pass", true), Ok(()));
+    for verdict in ["not_run", "pass_as_assembled"] {
+        assert_eq!(open(verdict, false), Ok(()));
+        match open(verdict, true) {
+            Err(Error::Bundle(BundleError::NotAudited { variant, verdict: found })) => {
+                assert!(found == verdict && variant.starts_with("hopper."), "{variant}: {found}");
+            }
+            other => panic!("{verdict}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn embedded_kernels_are_audited() {
+    for (arch, bytes) in embedded() {
+        let bundle = Bundle::parse(bytes).unwrap_or_else(|error| panic!("{arch}: {error}"));
+        let wanted = if arch.starts_with("compute_") { "pass_as_assembled" } else { "pass" };
+        let launches = bundle.manifest().variants.iter().flat_map(|variant| &variant.launches);
+        launches.for_each(|launch| assert_eq!(launch.audit.verdict.to_string(), wanted, "{arch}"));
+    }
 }
 
 #[test]

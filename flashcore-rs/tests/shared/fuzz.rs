@@ -172,10 +172,11 @@ fn made_up_manifest(choices: &mut Choices<'_>, sha256: &str) -> Value {
                         "block_threads": choices.of(&[32, 128, 1024, 0]),
                         "cluster": choices.of(&[1, 1, 2, 16]),
                         "shared_bytes": choices.number() as u32,
+                        "tile_bytes": choices.number() as u32,
                         "registers": 0,
                         "spill_bytes": 0,
                         "params": (0..choices.below(100)).map(|_| param(choices)).collect::<Vec<_>>(),
-                        "audit": "",
+                        "audit": {"verdict": choices.of(&["not_run", "pass", ""]), "auditor": 1, "disassembler": ""},
                     })
                 })
                 .collect();

@@ -196,7 +196,7 @@ impl From<&bundle::Variant> for Kernel {
             },
             code_bytes: variant.launches.iter().map(|launch| launch.code.len).sum(),
             sha256: main.map(|launch| launch.code.sha256.clone()).unwrap_or_default(),
-            audit: main.map(|launch| launch.audit.clone()).unwrap_or_default(),
+            audit: main.map(|launch| launch.audit.verdict.to_string()).unwrap_or_default(),
         }
     }
 }

@@ -36,6 +36,7 @@ pub(crate) fn default_runtime(device: Device) -> Result<&'static flashcore::Runt
 /// device: "cuda:0" or "cpu".
 /// arch: take the embedded bundle of this architecture instead of the best for the device.
 /// bundle: take the kernels of this bundle, a file's bytes. They are machine code: pass none that you would not run.
+/// audited_only: open the bundle only if all its kernels passed the constant-trace audit.
 #[pyclass(frozen, module = "flashcore")]
 pub(crate) struct Runtime {
     runtime: flashcore::Runtime,
@@ -44,12 +45,17 @@ pub(crate) struct Runtime {
 #[pymethods]
 impl Runtime {
     #[new]
-    #[pyo3(signature = (device="cuda:0", *, arch=None, bundle=None))]
-    fn new(device: &str, arch: Option<String>, bundle: Option<Vec<u8>>) -> Result<Self> {
+    #[pyo3(signature = (device="cuda:0", *, arch=None, bundle=None, audited_only=false))]
+    fn new(device: &str, arch: Option<String>, bundle: Option<Vec<u8>>, audited_only: bool) -> Result<Self> {
         let Device::Cuda(ordinal) = parse_device(device)? else {
+            if audited_only {
+                return Err(
+                    invalid("audited_only", "the CPU backend", "a CUDA device: only its kernels are audited").into()
+                );
+            }
             return Ok(Self { runtime: flashcore::Runtime::cpu() });
         };
-        let mut builder = flashcore::Runtime::builder().ordinal(ordinal);
+        let mut builder = flashcore::Runtime::builder().ordinal(ordinal).audited_only(audited_only);
         if let Some(arch) = arch {
             builder = builder.arch(arch);
         }
