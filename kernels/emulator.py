@@ -104,6 +104,15 @@ class Tensor:
     def reshape(self, shape: Sequence[int]) -> Tensor:
         return Tensor(self.value.reshape(shape))
 
+    def permute(self, order: Sequence[int]) -> Tensor:
+        return Tensor(self.value.transpose(order))
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """The inverse of `join`."""
+        if self.shape[-1:] != [2]:
+            raise KernelError(f"a split of {self.shape}: the last axis is not of size 2")
+        return Tensor(self.value[..., 0]), Tensor(self.value[..., 1])
+
     def __index__(self) -> int:
         if self.value.shape or not np.issubdtype(self.value.dtype, np.integer):
             raise KernelError("a scalar integer is needed here")
@@ -119,6 +128,8 @@ class Tensor:
         # A Python number takes the type of the tensor it meets.
         if not isinstance(y, np.ndarray):
             y = np.asarray(y, np.float32 if isinstance(y, float) and x.dtype != np.float32 else x.dtype)
+        if {x.dtype.kind, y.dtype.kind} == {"i", "u"}:  # NumPy takes a wider type, Triton does not
+            raise KernelError("a number with a sign meets one without")
         return Tensor(operation(y, x) if swap else operation(x, y))
 
     def __add__(self, y: Any) -> Tensor:
@@ -166,6 +177,9 @@ class Tensor:
     def __xor__(self, y: Any) -> Tensor:
         return self._with(y, np.bitwise_xor)
 
+    def __rshift__(self, y: Any) -> Tensor:
+        return self._with(y, np.right_shift)
+
     def __invert__(self) -> Tensor:
         return Tensor(np.invert(self.value))
 
@@ -192,6 +206,12 @@ def _truncated_quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if not np.all(y):
         raise KernelError("integer division by zero")
     return np.asarray((x - np.fmod(x, y)) // y)
+
+
+def _join_tensors(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape != y.shape or x.value.dtype != y.value.dtype:
+        raise KernelError(f"{x.shape} of {x.value.dtype} joins {y.shape} of {y.value.dtype}")
+    return Tensor(np.stack((x.value, y.value), -1))
 
 
 def _value(x: Any) -> Any:
@@ -247,31 +267,33 @@ class Descriptor:
         nbytes = math.prod(block) * dtype.itemsize
         self.block_type = types.SimpleNamespace(shape=list(block), nbytes=nbytes)
 
-    def _box(self, coordinates: Sequence[Any]) -> tuple[tuple[int, int], int, int]:
-        """(batch, head), and the rows of the box, some of which may not exist."""
+    def _box(self, coordinates: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The part of the box that exists: where it is in the array, and where in the tile."""
         batch, head, row, column = (int(_value(c)) for c in coordinates)
-        if not (0 <= batch < self.array.shape[0] and 0 <= head < self.array.shape[1] and column == 0):
+        if not (0 <= batch < self.array.shape[0] and 0 <= head < self.array.shape[1] and column >= 0):
             raise KernelError(f"no such batch, head or column: {batch, head, column}")
-        return (batch, head), row, row + self.block_type.shape[2]
+        there: list[Any] = [batch, head]
+        here: list[Any] = [0, 0]
+        for axis, begin in ((2, row), (3, column)):
+            lo = max(begin, 0)
+            hi = max(lo, min(begin + self.block_type.shape[axis], self.array.shape[axis]))
+            there.append(slice(lo, hi))
+            here.append(slice(lo - begin, hi - begin))
+        return tuple(there), tuple(here)
 
     def read(self, coordinates: Sequence[Any]) -> np.ndarray:
         """The tile at `coordinates`, zero beyond the array."""
-        index, begin, end = self._box(coordinates)
+        there, here = self._box(coordinates)
         tile = np.zeros(self.block_type.shape, np.float32)
-        lo, hi = max(begin, 0), min(end, self.array.shape[2])
-        if lo < hi:
-            tile[0, 0, lo - begin : hi - begin, : self.array.shape[3]] = self.array[index][lo:hi]
+        tile[here] = self.array[there]
         return tile
 
     def write(self, coordinates: Sequence[Any], tile: np.ndarray) -> None:
-        index, begin, end = self._box(coordinates)
-        lo, hi = max(begin, 0), min(end, self.array.shape[2])
-        if lo >= hi:
-            return
-        if self.written[index][lo:hi].any():
+        there, here = self._box(coordinates)
+        if self.written[there].any():
             raise KernelError("an element of the output is stored twice")
-        self.written[index][lo:hi] = True
-        self.array[index][lo:hi] = tile[0, 0, lo - begin : hi - begin, : self.array.shape[3]]
+        self.written[there] = True
+        self.array[there] = tile[here]
 
 
 # --- order: vector clocks and accesses ---
@@ -636,6 +658,7 @@ class Shared:
 
     items: list[Any]
     dtype: DType
+    shape: list[int]
 
     def index(self, i: Any) -> Any:
         n = int(_value(i))
@@ -673,9 +696,9 @@ def _allocate(dtype: DType, shape: Sequence[int], layout: Any) -> Shared:
     if dtype is INT64:
         barriers = [Barrier(f"mbarrier {machine.allocations}.{i}") for i in range(shape[0])]
         machine.barriers += barriers
-        return Shared(list(barriers), dtype)
+        return Shared(list(barriers), dtype, list(shape))
     buffers = [Buffer(f"tile {machine.allocations}.{i}", shape[1:], dtype) for i in range(shape[0])]
-    return Shared([Tile(buffer, buffer.data) for buffer in buffers], dtype)
+    return Shared([Tile(buffer, buffer.data) for buffer in buffers], dtype, list(shape))
 
 
 def _barrier_init(barrier: Barrier, count: int) -> None:
@@ -721,14 +744,18 @@ def _block_barrier() -> None:
     _join(me.clock, me.elected)
 
 
+def _check_box(descriptor: Descriptor, tile: Tile) -> None:
+    if tile.shape != descriptor.block_type.shape:
+        raise KernelError(f"a box of {descriptor.block_type.shape} for a tile of {tile.shape}")
+
+
 def _tma_load(descriptor: Descriptor, coordinates: Sequence[Any], barrier: Barrier, tile: Tile) -> None:
     me = _here.partition
     me.step(f"TMA load of {tile.buffer.name}")
     barrier.check()
     if not barrier.fenced:
         raise Race(f"{barrier.name}: no fence_async_shared between its initialisation and a TMA load")
-    if tile.shape != descriptor.block_type.shape:
-        raise KernelError(f"a box of {descriptor.block_type.shape} for a tile of {tile.shape}")
+    _check_box(descriptor, tile)
     source = descriptor.read(coordinates)
     rows = source.shape[2]
     for piece in (range(rows // 2), range(rows // 2, rows)):
@@ -745,6 +772,7 @@ def _tma_load(descriptor: Descriptor, coordinates: Sequence[Any], barrier: Barri
 def _tma_store(descriptor: Descriptor, coordinates: Sequence[Any], tile: Tile) -> None:
     me = _here.partition
     me.step(f"TMA store of {tile.buffer.name}")
+    _check_box(descriptor, tile)
     store = Operation(me, f"TMA store of {me.name}")
 
     def read() -> None:
@@ -834,6 +862,8 @@ def _inline_asm_elementwise(
 ) -> Tensor:
     if asm == "lg2.approx.ftz.f32 $0, $1;":
         return Tensor(np.log2(args[0].value))
+    if asm == "ex2.approx.ftz.f32 $0, $1;":
+        return Tensor(np.exp2(args[0].value))
     if asm == "rcp.approx.ftz.f32 $0, $1;":
         return Tensor(np.float32(1) / args[0].value)
     raise NotImplementedError(asm)
@@ -895,9 +925,11 @@ _language = _stub(
     to_tensor=lambda x: x if isinstance(x, Tensor) else scalar(x),
     arange=lambda begin, end, layout=None: Tensor(np.arange(begin, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype.numpy)),
+    zeros_like=lambda x: Tensor(np.zeros_like(x.value)),
     full=lambda shape, value, dtype, layout=None: Tensor(np.full(shape, value, dtype.numpy)),
     convert_layout=lambda x, layout, assert_trivial=False: x,
     expand_dims=lambda x, axis: Tensor(np.expand_dims(x.value, axis)),
+    join=_join_tensors,
     where=_where,
     # As on the GPU, the maximum of a number and NaN is the number.
     maximum=lambda x, y: x._with(y, np.fmax) if isinstance(x, Tensor) else y._with(x, np.fmax),

@@ -356,9 +356,8 @@ class HopperShape:
     @property
     def slug(self) -> str:
         """Whatever is not as usual, in a word."""
-        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
-        unusual = [(name, value) for name, value, usual in values if value not in (False, usual)]
-        return "-".join(name if value is True else f"{name}{value}" for name, value in unusual)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return "-".join(f"{name}{value}" for name, value in values.items())
 
 
 # Of the 227 KB of shared memory: 176, 224 and 224 KB.

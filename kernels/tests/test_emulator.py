@@ -65,12 +65,12 @@ def edited(old: str, new: str) -> str:
     return SOURCE.replace(old, new)
 
 
-def run(source: str = SOURCE, seed: int = 0, rows: int = 13) -> tuple[np.ndarray, np.ndarray]:
+def run(source: str = SOURCE, seed: int = 0, rows: int = 13, out_columns: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """x (rows, 16) and the kernel's x x^T, in tiles of 16."""
     x = np.random.default_rng(seed).integers(-4, 5, (1, 1, rows, 16)).astype(np.float32)
     out = np.full((1, 1, rows, rows), np.nan, np.float32)
-    block = (1, 1, 16, 16)
-    arguments = [emulator.Descriptor(x, block, emulator.FLOAT16), emulator.Descriptor(out, block, emulator.FLOAT16)]
+    blocks = ((x, (1, 1, 16, 16)), (out, (1, 1, 16, out_columns)))
+    arguments = [emulator.Descriptor(array, block, emulator.FLOAT16) for array, block in blocks]
     emulator.launch(emulator.load(source)["kernel"], 1, arguments, seed=seed)
     return x[0, 0], out[0, 0]
 
@@ -92,6 +92,55 @@ def test_slices_and_registers_multiply_like_the_whole(seed: int) -> None:
     np.testing.assert_array_equal(out, x @ x.T)
 
 
+UNORDERED = "is not ordered after|before anything was written"
+
+# The output goes through shared memory in two halves, one after the other in the same place.
+HALVES = """
+    left, right = acc.to(gl.float16).reshape([16, 2, 8]).permute([0, 2, 1]).split()
+    half = tiles.out.index(0)
+    half.reshape([16, 8]).store(left)
+    fence_async_shared()
+    tma.async_store(out, [0, 0, 0, 0], half)
+    tma.store_wait(0)
+    gl.barrier()
+    half.reshape([16, 8]).store(right)
+    fence_async_shared()
+    tma.async_store(out, [0, 0, 0, 8], half)
+"""
+
+
+def halves(old: str, new: str) -> str:
+    whole = SOURCE[SOURCE.index("    tiles.out.index(0).reshape") : SOURCE.index("    tma.store_wait(0)\n")]
+    source = edited(whole, HALVES)
+    assert source.count(old) == 1
+    return source.replace(old, new)
+
+
+@pytest.mark.parametrize("rows", [5, 8, 13, 16])
+def test_a_tile_is_stored_by_columns(rows: int) -> None:
+    for seed in range(6):
+        x, out = run(halves("half =", "half ="), seed, rows, out_columns=8)
+        np.testing.assert_array_equal(out, x @ x.T)
+
+
+WRONG_HALVES: dict[str, tuple[type[Exception], str, str, str]] = {
+    "no wait between them": (Race, UNORDERED, "    tma.store_wait(0)\n    gl.barrier()\n", ""),
+    "no barrier after the wait": (Race, UNORDERED, "    gl.barrier()\n", ""),
+    "the same columns": (KernelError, "stored twice", "0, 8], half", "0, 0], half"),
+    "columns of both": (KernelError, "stored twice", "0, 8], half", "0, 7], half"),
+    "columns before the first": (KernelError, "no such .* column", "0, 8], half", "0, -1], half"),
+    "a row less": (KernelError, "a box of", "0, 8], half", "0, 8], half.slice(0, 15, 2)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HALVES)
+def test_wrong_halves_fail_under_every_schedule(name: str) -> None:
+    error, message, old, new = WRONG_HALVES[name]
+    for seed in range(6):
+        with pytest.raises(error, match=message):
+            run(halves(old, new), seed, out_columns=8)
+
+
 @pytest.mark.parametrize("phase", [0, 1])
 def test_a_wait_in_assembly_is_a_wait(phase: int) -> None:
     asm = "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }"
@@ -109,7 +158,6 @@ WAIT = "    mbarrier.wait(full.index(0), 0)\n"
 LOAD = "    tma.async_load(x, [0, 0, 0, 0], full.index(0), tiles.x.index(0))\n"
 INIT = "    mbarrier.init(full.index(0), count=1)\n"
 STORE_WAIT = "    tma.store_wait(0)\n"
-UNORDERED = "is not ordered after|before anything was written"
 # What is wrong: the error and its message, the edit.
 WRONG: dict[str, tuple[type[Exception], str, str, str]] = {
     "no wait": (Race, UNORDERED, WAIT, ""),
@@ -200,6 +248,21 @@ def test_tiles_end_with_the_tensor() -> None:
         descriptor.write([1, 2, 4, 0], tile)
 
 
+def test_tiles_begin_at_any_column() -> None:
+    x = np.arange(5 * 7, dtype=np.float32).reshape(1, 1, 5, 7)
+    descriptor = emulator.Descriptor(np.zeros_like(x), (1, 1, 4, 4), emulator.FLOAT16)
+    for column in (0, 4, 8):
+        for row in (0, 4):
+            tile = emulator.Descriptor(x, (1, 1, 4, 4), emulator.FLOAT16).read([0, 0, row, column])
+            assert np.count_nonzero(tile) == np.count_nonzero(x[0, 0, row : row + 4, column : column + 4])
+            descriptor.write([0, 0, row, column], tile)
+    np.testing.assert_array_equal(descriptor.array, x)
+    assert descriptor.written.all()
+    for column, message in ((6, "twice"), (-1, "no such")):
+        with pytest.raises(KernelError, match=message):
+            descriptor.write([0, 0, 0, column], tile)
+
+
 def test_pointers_know_their_bounds() -> None:
     array = np.zeros(8, np.float32)
     rows = Tensor(np.arange(4, dtype=np.int32))
@@ -223,6 +286,34 @@ def test_pointers_know_their_bounds() -> None:
 def test_integers_divide_like_c(x: int, y: int, quotient: int, rest: int) -> None:
     assert int(scalar(x) // y) == int(x // scalar(y)) == quotient
     assert int(scalar(x) % y) == int(x % scalar(y)) == rest
+
+
+def test_integers_without_a_sign() -> None:
+    x, y = (scalar(n).to(emulator.UINT32) for n in (-7, 3))
+    assert int(x // y) == (2**32 - 7) // 3 and int((y // y).to(emulator.INT32)) == 1
+    assert (x // y).value.dtype == np.uint32 and (x // y).to(emulator.INT32).value.dtype == np.int32
+    assert int(scalar(-7) >> 1) == -4 and int(x >> 1) == 2**31 - 4
+    with pytest.raises(KernelError, match="with a sign"):
+        x // scalar(3)
+    with pytest.raises(KernelError, match="division by zero"):
+        x // scalar(0).to(emulator.UINT32)
+
+
+def test_join_and_split_are_inverse() -> None:
+    language = emulator.load("from triton.experimental.gluon import language as gl")["gl"]
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    left, right = Tensor(x).reshape([3, 2, 4]).permute([0, 2, 1]).split()
+    np.testing.assert_array_equal(left.value, x[:, :4])
+    np.testing.assert_array_equal(right.value, x[:, 4:])
+    joined = language.join(left, right)
+    assert joined.shape == [3, 4, 2]
+    np.testing.assert_array_equal(joined.permute([0, 2, 1]).reshape([3, 8]).value, x)
+    zeros = language.zeros_like(left)
+    assert zeros.shape == [3, 4] and zeros.value.dtype == np.float32 and not zeros.value.any()
+    with pytest.raises(KernelError, match="not of size 2"):
+        left.split()
+    with pytest.raises(KernelError, match="joins"):
+        language.join(left, right.reshape([4, 3]))
 
 
 def test_scalars_keep_their_types() -> None:
