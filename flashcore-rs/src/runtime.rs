@@ -198,8 +198,8 @@ impl Runtime {
     /// on every thread.
     ///
     /// # Safety
-    /// The stream belongs to this runtime's device's primary context and outlives every clone of the returned value
-    /// and every buffer whose home it is. Nobody begins or ends a capture of it on one thread while another uses the
+    /// The stream belongs to this runtime's device's primary context, and is alive whenever a clone of the returned value
+    /// is used and as long as there is a buffer whose home it is. Nobody begins or ends a capture of it on one thread while another uses the
     /// returned value.
     #[expect(unsafe_code, reason = "a handle that only the caller can vouch for")]
     pub unsafe fn foreign_stream(&self, raw: u64) -> Result<Stream> {

@@ -6,6 +6,9 @@
 (1, 2, 5, 8)
 """
 
+import os
+
+from flashcore import _core
 from flashcore._core import (
     Bundle,
     DeviceInfo,
@@ -14,7 +17,6 @@ from flashcore._core import (
     Plan,
     Runtime,
     __version__,
-    attention,
     bundles,
     devices,
     explain,
@@ -32,6 +34,7 @@ from flashcore.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from flashcore.functional import attention
 
 __all__ = [
     "Bundle",
@@ -57,3 +60,5 @@ __all__ = [
     "devices",
     "explain",
 ]
+
+_core.start_logging(os.environ.get("FLASHCORE_LOG", "warn"))

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{Device, Layout, TensorView, TensorViewMut};
 
 /// The largest head_dim that kernels exist for.
-pub(crate) const MAX_HEAD_DIM: usize = 256;
+pub const MAX_HEAD_DIM: usize = 256;
 /// Kernels add a row number, a band offset of up to this and 1 in 32 bits.
 const MAX_SEQ_LEN: usize = (1 << 30) - 1;
 

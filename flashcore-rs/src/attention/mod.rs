@@ -7,6 +7,7 @@ mod select;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::check::MAX_HEAD_DIM;
 pub use self::plan::Plan;
 pub use self::problem::{Band, CausalAlign, MaskLayout, Problem};
 pub use self::select::{Explanation, Rejection};
