@@ -80,9 +80,8 @@ def write(out: Tensor, result: Any) -> Any:
 
 def is_plain(options: dict[str, Any]) -> bool:
     """Whether torch's own SDPA takes these options too."""
-    return all(not options.get(name) for name in ("window_left", "window_right", "bottom_right")) and (
-        options.get("window_left") is None and options.get("window_right") is None
-    )
+    unlimited = options.get("window_left") is None and options.get("window_right") is None
+    return unlimited and not options.get("bottom_right")
 
 
 def autograd(name: str) -> Kernel:
@@ -152,13 +151,14 @@ def empty_result(query: Tensor, key: Tensor, value: Tensor, options: dict[str, A
     leading = torch.broadcast_shapes(query.shape[:split], key.shape[:split], value.shape[:split])
     shape = (*leading, *query.shape[split:-1], value.shape[-1])
     order = list(range(len(shape) - 1))
+    own = query.stride()
     broadcast = len(shape) != query.dim() or any(
-        size != own or (size > 1 and stride == 0)
-        for size, own, stride in zip(shape[:-1], query.shape, query.stride(), strict=False)
+        shape[dim] != query.shape[dim] or (shape[dim] > 1 and own[dim] == 0) for dim in order
     )
     if not broadcast:
-        # Where a dimension of size 1 stands does not matter; first keeps the order of the others.
-        order.sort(key=lambda dim: (shape[dim] > 1, -query.stride(dim)) if shape[dim] > 1 else (False, 0))
+        # Where a dimension of size 1 stands does not matter.
+        larger = [dim for dim in order if shape[dim] > 1]
+        order = [dim for dim in order if shape[dim] <= 1] + sorted(larger, key=lambda dim: -own[dim])
     strides = [1] * len(shape)
     step = max(shape[-1], 1)
     for dim in reversed(order):
@@ -189,11 +189,11 @@ def vmap(name: str) -> Kernel:
     """A batched dimension is one more before the others."""
     operator = getattr(torch.ops.flashcore, name).default
 
-    def kernel(
-        info: Any, in_dims: Sequence[int | None], *arguments: Any, **options: Any
-    ) -> tuple[Any, Any]:
+    def kernel(info: Any, in_dims: Sequence[int | None], *arguments: Any, **options: Any) -> tuple[Any, Any]:
         dims = [*in_dims, *[None] * (len(arguments) - len(in_dims))]
-        batched = [(argument, dim) for argument, dim in zip(arguments, dims, strict=True) if isinstance(argument, Tensor)]
+        batched = [
+            (argument, dim) for argument, dim in zip(arguments, dims, strict=True) if isinstance(argument, Tensor)
+        ]
         rank = max(tensor.dim() - (dim is not None) for tensor, dim in batched)
 
         def front(argument: Any, dim: int | None) -> Any:
@@ -215,11 +215,15 @@ def register() -> torch.library.Library | None:
     except UnsupportedError as error:
         logging.getLogger("flashcore").warning("torch.ops.flashcore is not there: %s", error)
         return None
-    library = torch.library.Library("flashcore", "IMPL")
+    library = torch.library.Library("flashcore", "IMPL")  # type: ignore[no-untyped-call]
     for name in OPERATORS:
-        library.impl(name, autograd(name), "Autograd")
-        for device_type in ("cpu", "cuda"):
-            library.impl(name, autocast(name, device_type), f"Autocast{device_type.upper()}")
+        kernels = {
+            "Autograd": autograd(name),
+            "AutocastCPU": autocast(name, "cpu"),
+            "AutocastCUDA": autocast(name, "cuda"),
+        }
+        for key, kernel in kernels.items():
+            library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"flashcore::{name}", fake(name), lib=library)
         torch.library.register_vmap(f"flashcore::{name}", vmap(name), lib=library)
     return library

@@ -386,8 +386,7 @@ def test_vmap(place: tuple[str, torch.dtype]) -> None:
         if len(sizes) > 1:
             continue
         rest = [
-            x.select(d, 0).shape[:-3] if d is not None else x.shape[:-3]
-            for x, d in zip(chosen, in_dims, strict=True)
+            x.select(d, 0).shape[:-3] if d is not None else x.shape[:-3] for x, d in zip(chosen, in_dims, strict=True)
         ]
         if len(set(rest)) > 1:
             continue

@@ -145,7 +145,7 @@ def test_the_stubs_say_what_the_module_is(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "mypy.ini").write_text(STUBTEST)
     config = str(tmp_path / "mypy.ini")
-    done = python("-m", "mypy.stubtest", "flashcore", "--concise", "--mypy-config-file", config)
+    done = python("-m", "mypy.stubtest", "flashcore._core", "--concise", "--mypy-config-file", config)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -85,15 +85,15 @@ impl Inputs {
 }
 
 impl Call {
-    /// Compares the outputs' shapes with that of the result.
-    pub(crate) fn check_shapes(&self, shape: &[usize; MAX_RANK]) -> Result<(), Error> {
+    /// Compares what the library does not see of the outputs' shapes with the result's: the rank, and dimensions before
+    /// `batch`.
+    pub(crate) fn check_outer(&self, shape: &[usize; MAX_RANK], rank: usize) -> Result<(), Error> {
         let Self { out, lse, .. } = self;
-        let lse_fits = lse.is_none_or(|lse| lse.shape[..MAX_RANK - 1] == shape[..MAX_RANK - 1]);
-        if out.shape == *shape && lse_fits {
+        let outer = |operand: &Operand| operand.rank == rank && operand.shape[..OUTER] == shape[..OUTER];
+        if outer(out) && lse.as_ref().is_none_or(outer) {
             return Ok(());
         }
-        let wanted = &shape[MAX_RANK - out.rank..];
-        let accepted = format!("shape {wanted:?} (query's batch, heads and seq, value's head_dim)");
+        let accepted = format!("shape {:?} (that of the result)", &shape[MAX_RANK - rank..]);
         Err(invalid(out.role.name, format!("shape {:?}", out.own_shape()), accepted))
     }
 
@@ -253,11 +253,7 @@ impl Call {
 
 /// Hands `body` the library's name for a stream that is another library's.
 #[expect(unsafe_code, reason = "a stream that the caller vouches for")]
-fn with_stream<T>(
-    runtime: &Runtime,
-    handle: u64,
-    body: impl FnOnce(&Stream) -> Result<T, Error>,
-) -> Result<T, Error> {
+fn with_stream<T>(runtime: &Runtime, handle: u64, body: impl FnOnce(&Stream) -> Result<T, Error>) -> Result<T, Error> {
     thread_local! {
         /// The name made last: a program queues most of its work on one stream.
         static LAST: RefCell<Option<Stream>> = const { RefCell::new(None) };

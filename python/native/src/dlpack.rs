@@ -160,7 +160,7 @@ unsafe fn describe(role: &'static Role, tensor: &DLTensor) -> Result<Operand> {
         CUDA => Device::Cuda(tensor.device_id.unsigned_abs()),
         other => {
             let given = format!("DLPack device type {other}");
-            return Err(Failure::Elsewhere(invalid(role.name, given, "cpu or cuda")));
+            return Err(Failure::Unreadable(invalid(role.name, given, "cpu or cuda")));
         }
     };
     let Some(dtype) = dtype(tensor.code, tensor.bits, tensor.lanes) else {
@@ -208,7 +208,7 @@ fn dtype_name(code: u8, bits: u8) -> String {
 
 fn unreadable(role: &'static Role, why: &str) -> Failure {
     let given = format!("a tensor that DLPack cannot describe ({why})");
-    Failure::Elsewhere(invalid(role.name, given, "a dense tensor on cpu or cuda"))
+    Failure::Unreadable(invalid(role.name, given, "a dense tensor on cpu or cuda"))
 }
 
 /// The exception that a producer raised, in our words.

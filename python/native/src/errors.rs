@@ -30,6 +30,8 @@ pub(crate) enum Failure {
     Library(Error),
     /// The refusal of something that torch's own SDPA may know how to do.
     Elsewhere(Error),
+    /// The refusal of a tensor that has no memory to read; torch may know what it stands for.
+    Unreadable(Error),
     /// A valid request that is not there yet.
     Unsupported(String),
     /// A bug of ours, contained.
@@ -45,7 +47,7 @@ pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Library(error) | Self::Elsewhere(error) => error.fmt(f),
+            Self::Library(error) | Self::Elsewhere(error) | Self::Unreadable(error) => error.fmt(f),
             Self::Unsupported(message) | Self::Torch(message) => f.write_str(message),
             Self::Internal(message) => write!(f, "internal error, please report it: {message}"),
             Self::Python(error) => error.fmt(f),
@@ -73,7 +75,7 @@ impl From<Failure> for PyErr {
             Failure::Unsupported(_) => classes::UnsupportedError::new_err(message),
             Failure::Torch(_) => pyo3::exceptions::PyRuntimeError::new_err(message),
             Failure::Internal(_) => classes::FlashCoreError::new_err(message),
-            Failure::Library(error) | Failure::Elsewhere(error) => match error {
+            Failure::Library(error) | Failure::Elsewhere(error) | Failure::Unreadable(error) => match error {
                 Error::InvalidArgument { .. } => classes::InvalidArgumentError::new_err(message),
                 Error::Unsupported(_) => classes::UnsupportedError::new_err(message),
                 Error::DriverNotFound { .. } => classes::DriverNotFoundError::new_err(message),

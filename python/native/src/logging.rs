@@ -22,7 +22,8 @@ impl Log for PythonLogger {
         // Not while the interpreter ends. A logger that raises has nobody to tell.
         Python::try_attach(|py| {
             let logger = py.import("logging").and_then(|logging| logging.call_method1("getLogger", ("flashcore",)));
-            let outcome = logger.and_then(|logger| logger.call_method1("log", (level, "%s", record.args().to_string())));
+            let outcome =
+                logger.and_then(|logger| logger.call_method1("log", (level, "%s", record.args().to_string())));
             outcome.err().map(|error| error.write_unraisable(py, None))
         });
     }

@@ -10,14 +10,14 @@ use std::ffi::{CStr, CString};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use flashcore::{CausalAlign, Error};
+use flashcore::CausalAlign;
 use pyo3::prelude::*;
 
 use crate::call::{Call, Inputs};
 use crate::errors::{Failure, Result, internal};
 use crate::operand::{ATTN_MASK, KEY, LSE, MAX_RANK, OUT, QUERY, VALUE};
 use crate::runtime::default_runtime;
-use crate::sdpa::{Options, broadcast, out_shape, out_strides};
+use crate::sdpa::{Options, broadcast, elsewhere, out_shape, out_strides};
 use crate::shim::{SYMBOLS, Sdpa, Tensor, Torch, Value};
 
 const NAMESPACE: &CStr = c"flashcore";
@@ -132,10 +132,12 @@ unsafe fn answer(stack: *mut Value, lse: bool) -> Result<()> {
     // SAFETY: forwarded from the caller.
     let arguments = unsafe { Arguments::take(torch, stack) };
     let results = match arguments.run(torch, lse) {
-        Err(failure) if arguments.fallback && !lse => match arguments.elsewhere(&failure) {
-            Some(reason) => (arguments.fall_through(torch, &reason)?, None),
-            None => return Err(failure),
-        },
+        Err(failure) if arguments.fallback && !lse => {
+            match elsewhere(&arguments.options, &failure, || arguments.inputs().ok()) {
+                Some(reason) => (arguments.fall_through(torch, &reason)?, None),
+                None => return Err(failure),
+            }
+        }
         outcome => outcome?,
     };
     // SAFETY: the stack has room for the results.
@@ -221,20 +223,6 @@ impl Arguments {
         // order of the current stream. As for every operator, nobody writes to the inputs from another thread meanwhile.
         unsafe { call.run(default_runtime(query.device)?, torch.current_stream(query.device)?)? };
         Ok((out, lse))
-    }
-
-    /// Why torch's own SDPA may answer what was refused here; `None` when the refusal stands.
-    fn elsewhere(&self, failure: &Failure) -> Option<String> {
-        if !self.options.are_plain() {
-            return None;
-        }
-        match failure {
-            Failure::Unsupported(reason) => Some(reason.clone()),
-            Failure::Elsewhere(error) => Some(error.to_string()),
-            Failure::Library(Error::Unsupported(error)) => Some(error.request.clone()),
-            Failure::Library(Error::InvalidArgument { .. }) => self.inputs().ok()?.beyond_us(),
-            _ => None,
-        }
     }
 
     fn fall_through(&self, torch: &'static Torch, reason: &str) -> Result<Tensor> {

@@ -63,8 +63,7 @@ impl Operand {
             let given = format!("{} dimensions, shape {shape:?}", shape.len());
             return Err(invalid(role.name, given, role.wanted));
         }
-        let mut operand =
-            Self { role, device, address, dtype, rank, shape: [1; MAX_RANK], strides: [0; MAX_RANK] };
+        let mut operand = Self { role, device, address, dtype, rank, shape: [1; MAX_RANK], strides: [0; MAX_RANK] };
         for (dim, (&size, &stride)) in (MAX_RANK - rank..).zip(shape.iter().zip(strides)) {
             operand.shape[dim] = size as usize;
             operand.strides[dim] = stride;

@@ -90,21 +90,21 @@ unsafe impl Sync for Switch {}
 impl Switch {
     fn of(function: Bound<'_, PyAny>) -> Self {
         let object = function.as_ptr();
-        // SAFETY: the three calls are made on a `PyCFunction`, whose type was just checked. Its flags say that its C
-        // function takes `(self, NULL)`, so that the pointer, which the API stores as one common type, is a `CFunction`.
+        // SAFETY: the three calls are made on a `PyCFunction`, whose type was just checked.
         let direct = unsafe {
             (ffi::PyCFunction_CheckExact(object) != 0
                 && ffi::PyCFunction_GetFlags(object) & CALLING == ffi::METH_NOARGS)
                 .then(|| ffi::PyCFunction_GetFunction(object))
                 .flatten()
-                .map(|function| (std::mem::transmute::<_, CFunction>(function), ffi::PyCFunction_GetSelf(object)))
+                .map(|function| (function, ffi::PyCFunction_GetSelf(object)))
         };
         Self { object: function.unbind(), direct }
     }
 
     fn is_on(&self, py: Python<'_>) -> PyResult<bool> {
         match self.direct {
-            // SAFETY: a call as Python would make it: the GIL is held, and `object` keeps `first` alive.
+            // SAFETY: a call as Python would make it: the flags say that the function takes `(self, NULL)`, the GIL is
+            // held, and `object` keeps `first` alive.
             Some((function, first)) => truth(py, unsafe { function(first, ptr::null_mut()) }),
             None => self.object.bind(py).call0()?.is_truthy(),
         }

@@ -10,7 +10,7 @@ use crate::info::Explanation;
 use crate::library::{Library, Reader, outputs};
 use crate::operand::{ATTN_MASK, KEY, LSE, OUT, QUERY, VALUE};
 use crate::runtime::default_runtime;
-use crate::sdpa::{Options, broadcast, out_shape};
+use crate::sdpa::{self, Options, broadcast, out_shape};
 
 /// The arguments that `attention`, `explain` and `Runtime.plan` share.
 pub(crate) struct Request<'a, 'py> {
@@ -67,7 +67,7 @@ impl<'py> Request<'_, 'py> {
             out: reader.read(&OUT, &out)?,
             lse: lse.as_ref().map(|lse| reader.read(&LSE, lse)).transpose()?,
         };
-        call.check_shapes(&shape)?;
+        call.check_outer(&shape, rank)?;
         Ok(Prepared { call, out, lse })
     }
 
@@ -76,6 +76,16 @@ impl<'py> Request<'_, 'py> {
         let Library::Torch(torch) = library else { return Ok(true) };
         let tensors = [Some(self.query), Some(self.key), Some(self.value), self.attn_mask, out];
         Ok(torch.is_quiet(self.query.py(), tensors.into_iter().flatten())?)
+    }
+
+    /// Whether torch should see a call that was refused.
+    fn is_for_torch(&self, library: Library, failure: &Failure, elsewhere: bool) -> bool {
+        let inputs = || self.inputs(&mut Reader::new(library)).ok();
+        match (library, failure) {
+            (Library::Numpy(_), _) => false,
+            (Library::Torch(_), Failure::Unreadable(_)) => true,
+            (Library::Torch(_), failure) => elsewhere && sdpa::elsewhere(&self.options, failure, inputs).is_some(),
+        }
     }
 
     /// The library of a call that can be launched at once; `None` when torch has to see it first.
@@ -124,27 +134,16 @@ pub(crate) fn attention<'py>(
     let options = Options { dropout_p, is_causal, scale, enable_gqa, window, causal_align };
     let request = Request { query, key, value, attn_mask, options };
     let Some(library) = request.direct(out)? else { return Ok(not_implemented(query.py())) };
-    match (run(&request, library, out, return_lse), library) {
-        (Err(failure), Library::Torch(_)) if elsewhere && may_be_elsewhere(&failure) => {
+    match run(&request, library, out, return_lse) {
+        Err(failure) if request.is_for_torch(library, &failure, elsewhere && !return_lse) => {
             Ok(not_implemented(query.py()))
         }
-        (result, _) => result,
+        result => result,
     }
 }
 
 fn not_implemented(py: Python<'_>) -> Bound<'_, PyAny> {
     PyNotImplemented::get(py).to_owned().into_any()
-}
-
-/// Whether torch's own SDPA may be able to do what we refused; it looks closer when it is asked.
-fn may_be_elsewhere(failure: &Failure) -> bool {
-    use flashcore::Error;
-    matches!(
-        failure,
-        Failure::Unsupported(_)
-            | Failure::Elsewhere(_)
-            | Failure::Library(Error::Unsupported(_) | Error::InvalidArgument { .. })
-    )
 }
 
 fn run<'py>(
@@ -165,7 +164,11 @@ fn run<'py>(
     // caller may not write to the arrays from another thread meanwhile.
     let work = || unsafe { call.run(runtime, stream) };
     // A launch takes microseconds: giving up the GIL would cost more than it brings.
-    if runtime.device() == flashcore::Device::Cpu { py.detach(work)? } else { work()? }
+    if runtime.device() == flashcore::Device::Cpu {
+        py.detach(work)?
+    } else {
+        work()?
+    }
     drop(reader);
     Ok(outputs(out, lse)?)
 }

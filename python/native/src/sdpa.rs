@@ -3,7 +3,7 @@
 use flashcore::{AttentionOptions, CausalAlign, Error, Window};
 
 use crate::call::Inputs;
-use crate::errors::{Result, invalid, unsupported};
+use crate::errors::{Failure, Result, invalid, unsupported};
 use crate::operand::{MAX_RANK, OUTER, Operand};
 
 const BATCH: usize = OUTER;
@@ -42,7 +42,26 @@ impl Options {
 
     /// Whether `torch.nn.functional.scaled_dot_product_attention` takes them too.
     pub(crate) fn are_plain(&self) -> bool {
-        self.window.is_none() && (!self.is_causal || self.causal_align == CausalAlign::TopLeft)
+        self.window.is_none() && self.causal_align == CausalAlign::TopLeft
+    }
+}
+
+/// Why torch's own SDPA may answer a call that was refused here; `None` when the refusal stands. `inputs` are those of
+/// the call, where they could be read.
+pub(crate) fn elsewhere(
+    options: &Options,
+    failure: &Failure,
+    inputs: impl FnOnce() -> Option<Inputs>,
+) -> Option<String> {
+    if !options.are_plain() {
+        return None;
+    }
+    match failure {
+        Failure::Unsupported(reason) => Some(reason.clone()),
+        Failure::Elsewhere(error) => Some(error.to_string()),
+        Failure::Library(Error::Unsupported(error)) => Some(format!("no kernel answers {}", error.request)),
+        Failure::Library(Error::InvalidArgument { .. }) => inputs()?.beyond_us(),
+        _ => None,
     }
 }
 

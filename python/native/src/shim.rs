@@ -127,7 +127,8 @@ impl Torch {
     }
 
     fn find() -> Result<Self> {
-        let cpu = loaded("libtorch_cpu.so").ok_or_else(|| unsupported("libtorch_cpu.so is not loaded: import torch"))?;
+        let cpu =
+            loaded("libtorch_cpu.so").ok_or_else(|| unsupported("libtorch_cpu.so is not loaded: import torch"))?;
         let symbols = Symbols::find(&cpu)?;
         let cuda = loaded("libtorch_cuda.so");
         // SAFETY: the signatures are those of `shim.h`, and of C++'s global allocation functions.
@@ -178,10 +179,7 @@ impl Torch {
             );
             done(made, "open the namespace")?;
             for (name, kernel) in kernels {
-                done(
-                    (self.symbols.torch_library_impl)(library, name.as_ptr(), *kernel, ABI),
-                    "register a kernel",
-                )?;
+                done((self.symbols.torch_library_impl)(library, name.as_ptr(), *kernel, ABI), "register a kernel")?;
             }
         }
         Ok(())
