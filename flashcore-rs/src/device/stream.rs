@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::ThreadId;
 
 use super::buffer::{BufferInner, Memory};
-use super::{DeviceContext, Graph, log_drop_error};
+use super::{DeviceContext, Few, Graph, log_drop_error};
 use crate::driver::{EventHandle, StreamHandle};
 use crate::error::{Error, Result};
 
@@ -178,7 +178,7 @@ impl Stream {
     /// # Errors
     /// [`Error::InvalidArgument`] while one of them is captured; a driver failure.
     pub fn wait_for(&self, other: &Self) -> Result<()> {
-        let mut streams = vec![self, other];
+        let mut streams = Few::from_slice(&[self, other]);
         let holds = hold_all(&mut streams);
         holds.iter().try_for_each(|hold| hold.refuse_capture("wait"))?;
         self.follow(other)
@@ -263,9 +263,9 @@ fn one_name(handle: StreamHandle) -> StreamHandle {
 
 /// Holds each stream once, in an order that all threads share: a capture that waits to begin between two holds of the
 /// same stream, or of two streams in opposite orders, would be a deadlock.
-pub(super) fn hold_all<'a>(streams: &mut Vec<&'a Stream>) -> Vec<Hold<'a>> {
+pub(super) fn hold_all<'a>(streams: &mut Few<&'a Stream>) -> Few<Hold<'a>> {
     streams.sort_unstable_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
-    streams.dedup_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
+    streams.dedup_by(|a, b| Arc::ptr_eq(&a.inner, &b.inner));
     streams.iter().map(|stream| stream.hold()).collect()
 }
 
