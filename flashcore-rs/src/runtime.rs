@@ -302,6 +302,12 @@ impl Runtime {
         Ok(())
     }
 
+    pub(crate) fn launch_alone(&self, call: &Attention<'_>, ready: &mut Ready) -> Result<()> {
+        let device = self.device_runtime()?;
+        let stream = call.stream.unwrap_or(&device.stream).handle();
+        ready.plan.launch_prepared(&device.context, stream, &mut ready.params)
+    }
+
     /// Everything about a call that its addresses do not change, and the addresses, checked.
     fn geometry(
         &self,

@@ -66,10 +66,12 @@ impl Layout {
     /// # Errors
     /// As [`Layout::new`].
     pub fn contiguous(argument: &'static str, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let mut strides = vec![1i64; shape.len()];
-        for i in (1..shape.len()).rev() {
-            let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
-            strides[i - 1] = strides[i].saturating_mul(size);
+        let mut strides = [1i64; 4];
+        if let Ok(shape) = <&[usize; 4]>::try_from(shape) {
+            for i in (1..4).rev() {
+                let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
+                strides[i - 1] = strides[i].saturating_mul(size);
+            }
         }
         Self::new(argument, dtype, shape, &strides)
     }
@@ -244,8 +246,7 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// [`Error::InvalidArgument`] when the shape is not rank 4 or needs more bytes than the buffer has.
     pub fn from_buffer(buffer: &'a DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let layout = Layout::contiguous("tensor", dtype, shape)?;
-        Self::from_buffer_strided(buffer, dtype, shape, &layout.strides, 0)
+        Self::of_buffer(buffer, Layout::contiguous("tensor", dtype, shape)?, 0)
     }
 
     /// A strided view of a device buffer that starts `offset` elements in.
@@ -259,10 +260,13 @@ impl<'a> TensorView<'a> {
         strides: &[i64],
         offset: usize,
     ) -> Result<Self> {
-        let layout = Layout::new("tensor", dtype, shape, strides)?;
+        Self::of_buffer(buffer, Layout::new("tensor", dtype, shape, strides)?, offset)
+    }
+
+    fn of_buffer(buffer: &'a DeviceBuffer, layout: Layout, offset: usize) -> Result<Self> {
         let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
-        let owner = Some(Owner::Buffer(buffer));
-        let storage = Storage::Device { address, ordinal: buffer.ordinal(), owner };
+        let ordinal = buffer.ordinal();
+        let storage = Storage::Device { address, ordinal, owner: Some(Owner::Buffer(buffer)) };
         Ok(Self { layout, storage })
     }
 
@@ -357,8 +361,7 @@ impl<'a> TensorViewMut<'a> {
     /// # Errors
     /// As [`TensorView::from_buffer`].
     pub fn from_buffer(buffer: &'a mut DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let layout = Layout::contiguous("out", dtype, shape)?;
-        Self::from_buffer_strided(buffer, dtype, shape, &layout.strides, 0)
+        Self::of_buffer(buffer, Layout::contiguous("out", dtype, shape)?, 0)
     }
 
     /// A strided, writable view of a device buffer that starts `offset` elements in.
@@ -372,10 +375,13 @@ impl<'a> TensorViewMut<'a> {
         strides: &[i64],
         offset: usize,
     ) -> Result<Self> {
-        let layout = Layout::new("out", dtype, shape, strides)?;
+        Self::of_buffer(buffer, Layout::new("out", dtype, shape, strides)?, offset)
+    }
+
+    fn of_buffer(buffer: &'a mut DeviceBuffer, layout: Layout, offset: usize) -> Result<Self> {
         let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
-        let owner = Some(OwnerMut::Buffer(buffer));
-        let storage = StorageMut::Device { address, ordinal: buffer.ordinal(), owner };
+        let ordinal = buffer.ordinal();
+        let storage = StorageMut::Device { address, ordinal, owner: Some(OwnerMut::Buffer(buffer)) };
         Ok(Self { layout, storage })
     }
 

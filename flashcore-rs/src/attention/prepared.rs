@@ -39,4 +39,12 @@ impl<'a> PreparedCall<'a> {
         let Self { call, out, lse, ready } = self;
         call.runtime.launch(call, out, lse.as_mut(), ready.as_mut())
     }
+
+    /// See [`crate::testing::launch_alone`].
+    pub(crate) fn launch_alone(&mut self) -> Result<()> {
+        match &mut self.ready {
+            Some(ready) => self.call.runtime.launch_alone(&self.call, ready),
+            None => Ok(()),
+        }
+    }
 }
