@@ -138,9 +138,11 @@ impl Calls {
     pub fn call(&mut self, set: usize) -> Result<()> {
         let Self { runtime, sets } = self;
         let Set { inputs: [q, k, v], out } = &mut sets[set];
-        runtime
-            .attention(&view(q)?, &view(k)?, &view(v)?)
-            .run(&mut TensorViewMut::from_buffer(out, DType::F16, &SHAPE)?)
+        runtime.attention(&view(q)?, &view(k)?, &view(v)?).run(&mut TensorViewMut::from_buffer(
+            out,
+            DType::F16,
+            &SHAPE,
+        )?)
     }
 
     /// The kernel that the calls run.

@@ -8,6 +8,7 @@ __all__ = [
     "DeviceInfo",
     "Explanation",
     "Kernel",
+    "LastPlan",
     "Plan",
     "Runtime",
     "__version__",
@@ -16,6 +17,7 @@ __all__ = [
     "devices",
     "explain",
     "last_failure",
+    "last_plan",
     "log_fallback",
     "register_torch_operators",
     "start_logging",
@@ -44,6 +46,7 @@ def attention(
     elsewhere: bool,
     /,
 ) -> Any: ...
+def last_plan() -> LastPlan | None: ...
 def start_logging(level: str) -> None: ...
 def register_torch_operators() -> None: ...
 def torch_symbols() -> list[str]: ...
@@ -77,6 +80,15 @@ class Explanation:
     def rule(self) -> str | None: ...
     @property
     def rejected(self) -> list[tuple[str, str]]: ...
+
+@final
+class LastPlan:
+    @property
+    def device(self) -> str: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def request(self) -> str: ...
 
 @final
 class DeviceInfo:

@@ -11,7 +11,10 @@ try:
     from torch.compiler import is_dynamo_compiling
 
     from flashcore import ops
+
+    HAS_TORCH = True
 except (ImportError, OSError):  # no torch, or one that cannot load its own libraries: numpy is left
+    HAS_TORCH = False
 
     def is_dynamo_compiling() -> bool:
         return False

@@ -148,7 +148,7 @@ def autocast(name: str, device_type: str) -> Kernel:
 def empty_result(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
     """An output that nothing is written to; the shape and the order in memory are the rule of `sdpa.rs`."""
     split = -3 if options.get("enable_gqa") and query.dim() > 2 else -2
-    leading = torch.broadcast_shapes(query.shape[:split], key.shape[:split], value.shape[:split])
+    leading = torch.broadcast_shapes(query.shape[:split], key.shape[:split], value.shape[:split])  # type: ignore[no-untyped-call]
     shape = (*leading, *query.shape[split:-1], value.shape[-1])
     order = list(range(len(shape) - 1))
     own = query.stride()

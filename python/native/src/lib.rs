@@ -35,7 +35,7 @@ mod _core {
     use super::PyResult;
 
     #[pymodule_export]
-    use super::info::{Bundle, DeviceInfo, Explanation, Kernel, bundles, devices};
+    use super::info::{Bundle, DeviceInfo, Explanation, Kernel, LastPlan, bundles, devices, last_plan};
     #[pymodule_export]
     use super::logging::start_logging;
     #[pymodule_export]
