@@ -8,7 +8,7 @@ PROGRAM is `host-path` (`cargo build --release -p flashcore-benches`), the same 
   running empty; the device is waited for between them. All ways in turn within each round, with autograd on ("grad")
   and in inference_mode ("inference"). `raw` is the launch alone, from Rust: every other row is to be read against it.
 - `configuration`: the nine small configurations of `first_light.py`: whole calls with an empty queue, and device times.
-- `graph`: a decode step of 32 layers, captured in a CUDA graph: host time of a replay, device time, and the same eagerly.
+- `graph`: a decode step of 32 layers in a CUDA graph: host time of a replay, device time, and the same eagerly.
 - `criterion`: what Rust adds to a launch, over the device time of each configuration.
 
 On the CPU (for tests of this program) there are no launches, and only the `path` rows that need none.
@@ -135,8 +135,7 @@ def ctypes_launch(compiled: Any, grid: tuple[int, ...], pointers: list[torch.Ten
     """The bare driver call from Python, with its arguments made ready."""
     driver = ctypes.CDLL("libcuda.so.1")
     values: list[Any] = [ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers]
-    # Triton drops arguments that it compiled in, so that only as many as the kernel has matter here; all are 8 bytes wide
-    # and hold numbers that the kernel does not use as addresses.
+    # Triton drops what it compiled in, so the kernel takes fewer than these. All are 8 bytes wide, and it follows none.
     values += [ctypes.c_int64(number) for number in numbers]
     values += [ctypes.c_double(0.125), ctypes.c_void_p(0), ctypes.c_void_p(0)]
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

@@ -132,12 +132,7 @@ unsafe fn answer(stack: *mut Value, lse: bool) -> Result<()> {
     // SAFETY: forwarded from the caller.
     let arguments = unsafe { Arguments::take(torch, stack) };
     let results = match arguments.run(torch, lse) {
-        Err(failure) if arguments.fallback && !lse => {
-            match elsewhere(&arguments.options, &failure, || arguments.inputs().ok()) {
-                Some(reason) => (arguments.fall_through(torch, &reason)?, None),
-                None => return Err(failure),
-            }
-        }
+        Err(failure) if arguments.fallback && !lse => (arguments.fall_through(torch, failure)?, None),
         outcome => outcome?,
     };
     // SAFETY: the stack has room for the results.
@@ -225,12 +220,15 @@ impl Arguments {
         Ok((out, lse))
     }
 
-    fn fall_through(&self, torch: &'static Torch, reason: &str) -> Result<Tensor> {
-        log_fallback(reason);
+    /// The answer of torch's own SDPA to a call that was refused here, or the refusal.
+    fn fall_through(&self, torch: &'static Torch, refusal: Failure) -> Result<Tensor> {
         let Self { query, key, value, options, .. } = self;
+        let Some(reason) = elsewhere(options, &refusal, || self.inputs().ok()) else { return Err(refusal) };
+        log_fallback(&reason);
         let &Options { dropout_p, is_causal, scale, enable_gqa, .. } = options;
         let attn_mask = self.attn_mask.as_ref();
-        let result = torch.sdpa(&Sdpa { query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa })?;
+        let call = Sdpa { query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa };
+        let result = torch.sdpa(&call, refusal)?;
         self.in_our_order(torch, result)
     }
 

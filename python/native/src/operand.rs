@@ -121,11 +121,11 @@ impl Operand {
     }
 }
 
-/// The refusal of an element type that no operation takes.
+/// The refusal of an element type that no kernel of ours takes; masks of other types are refused by torch too.
 pub(crate) fn bad_dtype(role: &Role, given: &str) -> Failure {
-    let accepted = match role.name {
-        "attn_mask" => "bool, f32 or the query's dtype",
-        _ => "f16, bf16, f32 or f64 (f16 or bf16 on a GPU)",
-    };
-    Failure::Elsewhere(invalid(role.name, format!("dtype {given}"), accepted))
+    let given = format!("dtype {given}");
+    match role.name {
+        "attn_mask" => invalid(role.name, given, "bool, f32 or the query's dtype").into(),
+        _ => Failure::Elsewhere(invalid(role.name, given, "f16, bf16, f32 or f64 (f16 or bf16 on a GPU)")),
+    }
 }

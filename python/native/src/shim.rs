@@ -232,8 +232,8 @@ impl Torch {
         boxed.expose_provenance() as Value
     }
 
-    /// `aten::scaled_dot_product_attention`, torch's own.
-    pub(crate) fn sdpa(&'static self, call: &Sdpa<'_>) -> Result<Tensor> {
+    /// `aten::scaled_dot_product_attention`, torch's own. Where it fails and cannot say why, so does `refusal`.
+    pub(crate) fn sdpa(&'static self, call: &Sdpa<'_>, refusal: Failure) -> Result<Tensor> {
         let mut stack = [
             call.query.share()?.into_value(),
             call.key.share()?.into_value(),
@@ -250,19 +250,17 @@ impl Torch {
         unsafe {
             match (self.symbols.torch_call_dispatcher)(name.as_ptr(), c"".as_ptr(), stack.as_mut_ptr(), ABI) {
                 0 => Ok(self.take_tensor(stack[0])),
-                _ => Err(Failure::Torch(self.last_error())),
+                _ => Err(self.last_error().map_or(refusal, Failure::Torch)),
             }
         }
     }
 
-    fn last_error(&self) -> String {
+    /// The text of the thread's last exception; torch tells it from 2.13 on.
+    fn last_error(&self) -> Option<String> {
         // SAFETY: the function takes nothing, and gives null or a string that lives until the thread's next exception.
-        let text = self.optional.last_error.map(|get| unsafe { get() }).filter(|text| !text.is_null());
-        match text {
-            // SAFETY: see above.
-            Some(text) => unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned(),
-            None => "torch's scaled_dot_product_attention failed; its message is on stderr".into(),
-        }
+        let text = self.optional.last_error.map(|get| unsafe { get() }).filter(|text| !text.is_null())?;
+        // SAFETY: see above.
+        Some(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
     }
 
     /// A new tensor.

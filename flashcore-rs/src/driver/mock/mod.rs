@@ -780,7 +780,7 @@ impl Driver for MockDriver {
 
     fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap> {
         if self.idle {
-            return Ok(decode::encode_tensor_map(spec));
+            return Ok(TensorMap([0; 128]));
         }
         let (_state, _) = self.enter(Entry::EncodeTensorMap, Some(context))?;
         let inner_bytes = spec.box_dims[0].saturating_mul(spec.dtype.size() as u32);
