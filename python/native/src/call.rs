@@ -258,18 +258,17 @@ fn with_stream<T>(runtime: &Runtime, handle: u64, body: impl FnOnce(&Stream) -> 
         /// The name made last: a program queues most of its work on one stream.
         static LAST: RefCell<Option<Stream>> = const { RefCell::new(None) };
     }
-    LAST.with_borrow_mut(|last| {
-        let known = last.take().filter(|stream| stream.is_foreign(runtime, handle));
-        let stream = match known {
-            Some(stream) => stream,
-            // SAFETY: the value is used only here, during calls that name a live stream of this handle, and no buffer's
-            // home is among them.
-            None => unsafe { runtime.foreign_stream(handle) }?,
-        };
-        let outcome = body(&stream);
-        *last = Some(stream);
-        outcome
-    })
+    // Taken out meanwhile: a logger, say, may call again.
+    let known = LAST.take().filter(|stream| stream.is_foreign(runtime, handle));
+    let stream = match known {
+        Some(stream) => stream,
+        // SAFETY: the value is used only here, during calls that name a live stream of this handle, and no buffer's home
+        // is among them.
+        None => unsafe { runtime.foreign_stream(handle) }?,
+    };
+    let outcome = body(&stream);
+    LAST.set(Some(stream));
+    outcome
 }
 
 /// Host memory becomes slices, which must be aligned and not null.
