@@ -92,6 +92,14 @@ impl Layout {
     }
 
     fn checked_extent(&self) -> Option<usize> {
+        // Sizes below 2^31 and strides below 2^26 of up to 8 bytes cannot overflow, and are what most tensors have.
+        let small = self.shape.iter().fold(0, |bits, &size| bits | size) >> 31 == 0
+            && self.strides.iter().fold(0, |bits, &stride| bits | stride) >> 26 == 0;
+        if small {
+            let last = |(&size, &stride): (&usize, &i64)| size.wrapping_sub(1).wrapping_mul(stride as usize);
+            let last: usize = self.shape.iter().zip(&self.strides).map(last).fold(1, usize::wrapping_add);
+            return Some(if self.is_empty() { 0 } else { last });
+        }
         if self.shape.iter().any(|&size| size > i32::MAX as usize) {
             return None;
         }

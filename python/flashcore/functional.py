@@ -83,7 +83,7 @@ def attention(
 ) -> Any:
     """Scaled dot-product attention with the semantics of `torch.nn.functional.scaled_dot_product_attention`.
 
-    Tensors are (..., heads, seq, head_dim), torch tensors (CUDA or CPU) or numpy arrays, of 2 to 8 dimensions that
+    Tensors are (..., heads, seq, head_dim), torch tensors (CUDA or CPU) or numpy arrays, of 2 to 6 dimensions that
     broadcast, with any strides; the last dimension is contiguous. Work on a CUDA device is queued on torch's current
     stream.
 

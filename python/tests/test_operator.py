@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "mask enlarges": (lambda q: attention(q[0], q[0], q[0], q.new_ones(2, 3, 5, 5) > 0), "attn_mask: given shape"),
     "mask dtype": (lambda q: attention(q, q, q, q.new_ones(5, 5, dtype=torch.uint8)), "attn_mask"),
     "1-D": (lambda q: attention(q[0, 0, 0], q, q), "query: given 1 dimensions"),
-    "9-D": (lambda q: attention(q[None, None, None, None, None], q, q), "query: given 9 dimensions"),
+    "7-D": (lambda q: attention(q[None, None, None], q, q), "query: given 7 dimensions"),
     "dtypes": (lambda q: attention(q, q.double(), q), "key: given dtype f64"),
     "scale": (lambda q: attention(q, q, q, scale=float("nan")), "scale: given NaN"),
     "window": (lambda q: attention(q, q, q, window_left=-1), "window: given -1"),

@@ -84,6 +84,7 @@ impl Exchange {
     ///
     /// # Safety
     /// `object` is of the type that published this table, or of a subclass.
+    #[inline]
     pub(crate) unsafe fn read(self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
         let mut tensor = std::mem::MaybeUninit::<DLTensor>::uninit();
         let Some(function) = self.0.tensor_from_object else { return Err(unreadable(role, "no reader")) };
@@ -154,6 +155,7 @@ impl Drop for Shared {
 ///
 /// # Safety
 /// `tensor` was filled by its producer, and its shape and strides are alive.
+#[inline]
 unsafe fn describe(role: &'static Role, tensor: &DLTensor) -> Result<Operand> {
     let device = match tensor.device_type {
         CPU | CUDA_HOST => Device::Cpu,

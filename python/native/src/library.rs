@@ -211,6 +211,7 @@ impl Torch {
         Ok(true)
     }
 
+    #[inline]
     fn read(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
         self.check_class(role, object)?;
         #[expect(unsafe_code, reason = "the exchange table's contract")]

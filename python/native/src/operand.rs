@@ -5,7 +5,7 @@ use flashcore::{DType, Device, Error, Layout};
 use crate::errors::{Failure, invalid};
 
 /// Dimensions that a tensor may have: `(..., batch, heads, seq, head_dim)`.
-pub(crate) const MAX_RANK: usize = 8;
+pub(crate) const MAX_RANK: usize = 6;
 /// Dimensions before `batch`.
 pub(crate) const OUTER: usize = MAX_RANK - 4;
 
@@ -19,7 +19,7 @@ pub(crate) struct Role {
     trailing: usize,
 }
 
-const TENSOR: &str = "2 to 8 dimensions: (..., batch, heads, seq, head_dim)";
+const TENSOR: &str = "2 to 6 dimensions: (..., batch, heads, seq, head_dim)";
 
 pub(crate) static QUERY: Role = Role { name: "query", lowest_rank: 2, wanted: TENSOR, trailing: 0 };
 pub(crate) static KEY: Role = Role { name: "key", lowest_rank: 2, wanted: TENSOR, trailing: 0 };
@@ -28,11 +28,11 @@ pub(crate) static OUT: Role = Role { name: "out", lowest_rank: 2, wanted: TENSOR
 pub(crate) static ATTN_MASK: Role = Role {
     name: "attn_mask",
     lowest_rank: 2,
-    wanted: "2 to 8 dimensions that broadcast to (..., batch, heads, seq_q, seq_k)",
+    wanted: "2 to 6 dimensions that broadcast to (..., batch, heads, seq_q, seq_k)",
     trailing: 0,
 };
 pub(crate) static LSE: Role =
-    Role { name: "lse", lowest_rank: 1, wanted: "1 to 7 dimensions: (..., batch, heads, seq)", trailing: 1 };
+    Role { name: "lse", lowest_rank: 1, wanted: "1 to 5 dimensions: (..., batch, heads, seq)", trailing: 1 };
 
 /// A tensor argument. Describes memory, and does not keep it alive.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +50,7 @@ pub(crate) struct Operand {
 
 impl Operand {
     /// Pads the rank. `shape` holds no negative sizes.
+    #[inline]
     pub(crate) fn new(
         role: &'static Role,
         device: Device,

@@ -35,6 +35,7 @@ impl<'py> Request<'_, 'py> {
     }
 
     /// Reads the inputs.
+    #[inline]
     pub(crate) fn inputs(&self, reader: &mut Reader) -> Result<Inputs> {
         let mut inputs = Inputs {
             query: reader.read(&QUERY, self.query)?,
@@ -48,6 +49,7 @@ impl<'py> Request<'_, 'py> {
     }
 
     /// Reads the inputs, and reads or makes the outputs.
+    #[inline]
     pub(crate) fn prepare(
         &self,
         reader: &mut Reader,
