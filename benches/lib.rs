@@ -98,7 +98,7 @@ impl Calls {
         for first in (0..count).step_by(BATCH as usize) {
             let batch = BATCH.min(count - first);
             total += match path {
-                Path::Raw => self.prepared(batch, |call| launch_alone(call))?,
+                Path::Raw => self.prepared(batch, launch_alone)?,
                 Path::Prepared => self.prepared(batch, |call| call.launch())?,
                 Path::Repeated => self.unprepared(batch, 1)?,
                 Path::FirstSeen => self.unprepared(batch, SETS)?,

@@ -73,7 +73,7 @@ impl Layout {
                 strides[i - 1] = strides[i].saturating_mul(size);
             }
         }
-        Self::new(argument, dtype, shape, &strides)
+        Self::new(argument, dtype, shape, &strides[..shape.len().min(4)])
     }
 
     /// Number of elements, those that zero strides repeat counted each time; saturates.
