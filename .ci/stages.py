@@ -42,6 +42,7 @@ STAGES = (
     Stage("wheel", 180, "python .ci/wheel.py"),
     Stage("typing", 60, "mypy kernels python/flashcore benches/tables.py benches/sanitize.py"),
     Stage("python", 300, "python -m pytest -q python/tests"),
+    Stage("overhead", 30, "python benches/overhead.py --device cpu --rounds 1 --json target/overhead.json"),
 )
 
 

@@ -161,6 +161,14 @@ def host(kind: str, header: list[str], fields: list[str]) -> Table:
     return table
 
 
+@of("leaks.json")
+def leaks(document: dict[str, Any]) -> str:
+    body: list[list[object]] = [
+        [row["subject"], f"{row['calls']:,}", f"{row['raised']:,}", row["growth_kib"]] for row in document["rows"]
+    ]
+    return markdown(["calls of", "how many", "raised", "memory left behind, KiB"], body)
+
+
 NCU = {
     "SM Busy": "tensor pipe busy, %",
     "Issue Slots Busy": "issue slots busy, %",
@@ -421,6 +429,7 @@ TABLES: dict[str, Table] = {
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,
+    "leaks": leaks,
     "sanitizer": sanitizer,
     "fuzz": host("fuzz", ["target", "executions", "findings"], ["target", "executions", "findings"]),
     "host-checkers": host("checker", ["tool", "what", "tests", "errors"], ["tool", "subject", "tests", "errors"]),
