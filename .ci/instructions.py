@@ -7,6 +7,7 @@ called directly: its usual front (gungraun) has a runner whose build takes longe
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -34,8 +35,8 @@ def instructions(path: str, calls: int) -> int:
 
 def main() -> int:
     if shutil.which("valgrind") is None:
-        print("valgrind is not installed: apt-get install valgrind")
-        return 1
+        print("skipped: valgrind is not installed (apt-get install valgrind)")
+        return 1 if "CI" in os.environ else 0
     command = ["cargo", "build", "--release", "--quiet", "-p", "flashcore-benches", "--bin", PROGRAM.name]
     subprocess.run(command, cwd=ROOT, check=True)
     # What is not calls is the same in both runs.

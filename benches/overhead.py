@@ -95,17 +95,22 @@ def ways(device: str) -> dict[str, Call]:
 def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Call]:
     """Other libraries' ways, where they are installed."""
     found: dict[str, Call] = {}
-    with contextlib.suppress(ImportError):
-        from flash_attn.cute.interface import flash_attn_func
-
-        by_seq = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        found["FA4"] = lambda: flash_attn_func(*by_seq)
-    with contextlib.suppress(ImportError):
-        found |= triton_launches(q)
+    for name, make in {"FA4": fa4, "Triton": triton_launches}.items():
+        try:
+            found |= make(q, k, v)
+        except Exception as error:
+            print(f"without {name}: {type(error).__name__}: {error}", file=sys.stderr)
     return found
 
 
-def triton_launches(x: torch.Tensor) -> dict[str, Call]:
+def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Call]:
+    from flash_attn.cute.interface import flash_attn_func
+
+    by_seq = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    return {"FA4": lambda: flash_attn_func(*by_seq)}
+
+
+def triton_launches(x: torch.Tensor, *_: torch.Tensor) -> dict[str, Call]:
     """A Triton kernel with the parameters of the portable forward that does next to nothing, launched three ways."""
     from launched import kernel
 
