@@ -35,7 +35,7 @@ STAGES = (
     Stage("clippy", 180, "cargo clippy --workspace --all-targets --all-features -- -D warnings"),
     Stage("clippy-minimal", 60, "cargo clippy -p flashcore-rs --no-default-features --all-targets -- -D warnings"),
     Stage("rust", 240, "cargo test --workspace --all-features"),
-    Stage("instructions", 90, "python .ci/instructions.py"),
+    Stage("instructions", 180, "python .ci/instructions.py"),
     Stage("kernels", 300, "python -m pytest -q kernels/tests"),
     Stage("kernels-check", 120, "python -m kernels check"),
     Stage("crate", 120, "python .ci/consumer.py"),

@@ -99,9 +99,9 @@ def attention(
 
     A row that sees no key gives 0, and a log-sum-exp of -inf. Nothing is written when an exception is raised.
     """
-    if backend not in ("auto", "flashcore"):
-        raise InvalidArgumentError(f'backend: given {backend!r}; accepted "auto" or "flashcore"')
     elsewhere = backend == "auto"
+    if not elsewhere and backend != "flashcore":
+        raise InvalidArgumentError(f'backend: given {backend!r}; accepted "auto" or "flashcore"')
     if not is_dynamo_compiling():
         result = _core.attention(
             query,
