@@ -1,4 +1,4 @@
-"""Draws docs/figures/ from `evidence/h100/forward.json`: `python benches/figures.py`. Needs matplotlib."""
+"""Draws docs/figures/ from `evidence/h100/`: `python benches/figures.py`. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -66,6 +66,38 @@ def heads(rows: Rows) -> None:
     save(figure, "forward-heads")
 
 
+# Ways to make a call, and in which mode, from the one with the least around the launch on.
+WAYS = {
+    ("raw", "rust"): "the launch alone",
+    ("prepared", "rust"): "Rust, prepared",
+    ("first_seen", "rust"): "Rust, first-seen pointers",
+    ("cuLaunchKernelEx, ctypes", "inference"): "ctypes",
+    ("flashcore.attention, out", "inference"): "flashcore.attention(out=)",
+    ("flashcore.attention", "inference"): "flashcore.attention",
+    ("torch.ops.flashcore.attention", "inference"): "torch.ops.flashcore",
+    ("SDPA", "inference"): "SDPA",
+    ("Triton CompiledKernel", "inference"): "Triton CompiledKernel",
+    ("Triton JIT", "inference"): "Triton JIT",
+    ("FA4", "inference"): "FA4",
+}
+
+
+def overhead(rows: Rows) -> None:
+    """Microseconds of the host for one call, by the way it is made."""
+    found = {(row["name"], row["mode"]): row["median_ns"] / 1e3 for row in rows if "median_ns" in row}
+    bars = [(label, found[way]) for way, label in WAYS.items() if way in found]
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    colours = [
+        "tab:blue" if label[0] != "S" and "Triton" not in label and label != "FA4" else "0.6" for label, _ in bars
+    ]
+    placed = axis.barh([label for label, _ in bars], [value for _, value in bars], color=colours)
+    axis.bar_label(placed, fmt="%.1f", fontsize=8, padding=2)
+    axis.invert_yaxis()
+    axis.set_xlabel("host us a call")
+    axis.set_xscale("log")
+    save(figure, "overhead")
+
+
 def save(figure: Any, name: str) -> None:
     folder = ROOT / "docs" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +112,9 @@ def main() -> None:
     measured = [row for row in rows if "ms" in row]
     throughput([row for row in measured if row["set"] == "forward"])
     heads([row for row in measured if row["set"] == "heads"])
+    costs = ROOT / "evidence/h100/overhead.json"
+    if costs.exists():
+        overhead([row for row in json.loads(costs.read_text())["rows"] if row["kind"] == "path"])
 
 
 if __name__ == "__main__":

@@ -161,6 +161,14 @@ def host(kind: str, header: list[str], fields: list[str]) -> Table:
     return table
 
 
+@of("leaks.json")
+def leaks(document: dict[str, Any]) -> str:
+    body: list[list[object]] = [
+        [row["subject"], f"{row['calls']:,}", f"{row['raised']:,}", row["growth_kib"]] for row in document["rows"]
+    ]
+    return markdown(["calls of", "how many", "raised", "memory left behind, KiB"], body)
+
+
 NCU = {
     "SM Busy": "tensor pipe busy, %",
     "Issue Slots Busy": "issue slots busy, %",
@@ -338,7 +346,101 @@ def _forward_summary(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
     return f"\n\nGeometric mean against the best peer of each row: {geomean(best)}; the worst row: {min(best):.2f}."
 
 
+OVERHEAD = "h100/overhead.json"
+# The ways to make a call, and the most microseconds it may take over the launch alone; or over that and an output.
+TARGETS: list[tuple[str, str, str, float | None, bool]] = [
+    ("Rust, the launch alone (raw)", "raw", "rust", None, False),
+    ("Rust, prepared call", "prepared", "rust", 0.2, False),
+    ("Rust, first-seen pointers", "first_seen", "rust", 0.7, False),
+    ("`Plan.launch()`", "Plan.launch", "inference", None, False),
+    ("`flashcore.attention(q, k, v, out=out)`", "flashcore.attention, out", "inference", 1.0, False),
+    ("`torch.empty_like` (empty)", "torch.empty_like", "inference", None, False),
+    ("`flashcore.attention(q, k, v)`", "flashcore.attention", "inference", 1.2, True),
+    ("`torch.ops.flashcore.attention`, inference_mode", "torch.ops.flashcore.attention", "inference", 2.0, True),
+    ("`torch.ops.flashcore.attention`, grad mode", "torch.ops.flashcore.attention", "grad", None, False),
+    ("SDPA under `sdpa_override`", "SDPA, overridden", "inference", None, False),
+    ("SDPA, default", "SDPA", "inference", None, False),
+    ("SDPA, flash", "SDPA, flash", "inference", None, False),
+    ("SDPA, cuDNN", "SDPA, cudnn", "inference", None, False),
+    ("SDPA, efficient", "SDPA, efficient", "inference", None, False),
+    ("FA4", "FA4", "inference", None, False),
+    ("Triton JIT", "Triton JIT", "inference", None, False),
+    ("Triton CompiledKernel", "Triton CompiledKernel", "inference", None, False),
+    ("cuLaunchKernelEx through ctypes", "cuLaunchKernelEx, ctypes", "inference", None, False),
+]
+
+
+@of(OVERHEAD)
+def overhead_paths(document: dict[str, Any]) -> str | None:
+    found = {(row["name"], row["mode"]): row for row in rows(document, "path")}
+    figures = {key: row["median_ns"] / 1e3 for key, row in found.items() if "median_ns" in row}
+    raw, empty = figures.get(("raw", "rust")), figures.get(("torch.empty_like", "inference"))
+    if raw is None or empty is None:
+        return None
+    body: list[list[object]] = []
+    for label, name, mode, over, with_empty in TARGETS:
+        figure = figures.get((name, mode))
+        target = None if over is None else raw + over + (empty if with_empty else 0)
+        met = "-" if target is None or figure is None else "met" if figure <= target else "missed"
+        bound = "-" if target is None else f"{target:.2f}"
+        body.append([label, "not there" if figure is None else f"{figure:.2f}", bound, met])
+    tail = """
+
+Microseconds of the host for one call of (8, 8, 128, 64), f16, dense; medians of rounds of 200 calls in a row (512 from
+Rust), which keep the queue from running empty; all Python rows in one process, in random order within each round."""
+    return markdown(["way", "us", "target", ""], body) + tail
+
+
+@of(OVERHEAD)
+def overhead_configurations(document: dict[str, Any]) -> str | None:
+    measured = rows(document, "configuration")
+    found = {(row["name"], row["mode"]): row for row in rows(document, "path")}
+    if not measured or ("raw", "rust") not in found:
+        return None
+    raw = found["raw", "rust"]["median_ns"] / 1e3
+    body: list[list[object]] = []
+    gains = []
+    for row in measured:
+        wall = {name: arm["wall_us"]["median"] for name, arm in row["arms"].items()}
+        ours, device = wall["flashcore"], row["arms"]["flashcore"]["device_us"]["median"]
+        best = min(value for name, value in wall.items() if name != "flashcore")
+        gains.append(row["speedup_over_sdpa_wall"])
+        cells = [f"{ours:.1f}", f"{raw + device + 5:.1f}", f"{wall['sdpa']:.1f}", f"{best:.1f}", f"{best / ours:.2f}"]
+        body.append([f"{row['seq_len']}, {row['batch']}", *cells, f"{row['speedup_over_sdpa_wall']:.2f}"])
+    header = ["S, B", "FlashCore", "raw + device + 5", "SDPA", "best backend", "of the best", "of SDPA"]
+    tail = f"""
+
+Microseconds of the host's clock from an empty queue to the end of the work, inference_mode, two events included.
+Geometric mean over SDPA's default: {geomean(gains)}."""
+    return markdown(header, body) + tail
+
+
+@of(OVERHEAD)
+def overhead_graph(document: dict[str, Any]) -> str | None:
+    measured = rows(document, "graph")
+    fields = ["eager_host_us", "replay_host_us", "device_us"]
+    body = [[row["name"], *(f"{row[field]:.1f}" for field in fields)] for row in measured]
+    header = ["32 layers of", "eager, host us", "replay, host us", "device us"]
+    return markdown(header, body) if measured else None
+
+
+@of(OVERHEAD)
+def overhead_criterion(document: dict[str, Any]) -> str | None:
+    measured = rows(document, "criterion")
+    if not measured:
+        return None
+    worst = max(measured, key=lambda row: row["share"])
+    return (
+        f"A prepared call from Rust adds {worst['rust_adds_ns']:.0f} ns to its launch: at most {worst['share']:.2%} of "
+        f"the device time ({worst['name']}); the criterion is 1 %."
+    )
+
+
 TABLES: dict[str, Table] = {
+    "overhead-paths": overhead_paths,
+    "overhead-configurations": overhead_configurations,
+    "overhead-graph": overhead_graph,
+    "overhead-criterion": overhead_criterion,
     **{
         f"forward-{name}": forward(name, "tflops")
         for name in ("forward", "heads", "gqa", "window", "ragged", "head_dims")
@@ -353,6 +455,7 @@ TABLES: dict[str, Table] = {
     "first-light-configurations": configurations,
     "first-light-correctness": correctness,
     "first-light-ptx": ptx,
+    "leaks": leaks,
     "sanitizer": sanitizer,
     "fuzz": host("fuzz", ["target", "executions", "findings"], ["target", "executions", "findings"]),
     "host-checkers": host("checker", ["tool", "what", "tests", "errors"], ["tool", "subject", "tests", "errors"]),

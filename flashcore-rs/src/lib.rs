@@ -43,7 +43,10 @@ pub mod testing;
 #[cfg(feature = "validate")]
 pub mod validate;
 
-pub use self::attention::{Attention, AttentionOptions, CausalAlign, Explanation, Plan, Problem, Rejection, Window};
+pub use self::attention::{
+    Attention, AttentionOptions, CausalAlign, Explanation, LastPlan, Plan, PreparedCall, Problem, Rejection, Window,
+    last_plan,
+};
 pub use self::device::{DeviceBuffer, Event, Graph, Stream};
 pub use self::driver::DeviceInfo;
 pub use self::dtype::{DType, Element};

@@ -1,16 +1,21 @@
 //! A device, its verified bundle, the modules loaded from it, and the plans made so far.
 
 use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::attention::check::Operands;
+use crate::attention::plan::Addresses;
+use crate::attention::prepared::Ready;
+use crate::attention::recent::{self, Geometry, Key};
 use crate::attention::{
     Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, restate, select,
 };
 use crate::bundle::manifest::{AuditVerdict, Launch, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
-use crate::device::{Captured, DeviceContext, Loan, Stream, enqueue};
+use crate::device::{Captured, DeviceContext, Few, Loan, Stream, enqueue};
 use crate::driver::{DeviceInfo, Driver, FunctionHandle, StreamHandle};
 use crate::error::{BundleError, Error, Result};
 use crate::tensor::{Device, HostMut, Layout, Owner, OwnerMut, StorageMut, TensorView, TensorViewMut};
@@ -33,6 +38,8 @@ enum Backend {
 
 #[derive(Debug)]
 struct DeviceRuntime {
+    /// Tells runtimes apart, also those that are gone.
+    number: u64,
     context: Arc<DeviceContext>,
     bundle: Bundle,
     stream: Stream,
@@ -120,7 +127,10 @@ impl RuntimeBuilder {
             check_audited(bundle.manifest())?;
         }
         let stream = Stream::create(context.clone())?;
-        let runtime = DeviceRuntime { context, bundle, stream, functions: Mutex::default(), plans: RwLock::default() };
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let (functions, plans) = (Mutex::default(), RwLock::default());
+        let runtime = DeviceRuntime { number, context, bundle, stream, functions, plans };
         Ok(Runtime { backend: Backend::Device(Arc::new(runtime)) })
     }
 }
@@ -209,8 +219,8 @@ impl Runtime {
     /// on every thread.
     ///
     /// # Safety
-    /// The stream belongs to this runtime's device's primary context and outlives every clone of the returned value
-    /// and every buffer whose home it is. Nobody begins or ends a capture of it on one thread while another uses the
+    /// The stream belongs to this runtime's device's primary context, and is alive whenever a clone of the returned value
+    /// is used and as long as there is a buffer whose home it is. Nobody begins or ends a capture of it on one thread while another uses the
     /// returned value.
     #[expect(unsafe_code, reason = "a handle that only the caller can vouch for")]
     pub unsafe fn foreign_stream(&self, raw: u64) -> Result<Stream> {
@@ -250,17 +260,111 @@ impl Runtime {
         out: &mut TensorViewMut<'_>,
         lse: Option<&mut TensorViewMut<'_>>,
     ) -> Result<()> {
-        let checked = Checked::new(&call.operands(), &call.options, out, lse.as_deref())?;
+        self.launch(call, out, lse, None)
+    }
+
+    /// What can be made before a launch; `None` where nothing can.
+    pub(crate) fn ready(
+        &self,
+        call: &Attention<'_>,
+        out: &TensorViewMut<'_>,
+        lse: Option<&TensorViewMut<'_>>,
+    ) -> Result<Option<Ready>> {
+        let (geometry, addresses) = self.geometry(call, out, lse)?;
+        match (&self.backend, &geometry.plan) {
+            (Backend::Device(device), Some(plan)) => {
+                Ok(Some(Ready { plan: plan.clone(), params: plan.prepare(&device.context, &addresses)? }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Runs a call, with what [`Runtime::ready`] made for it, if it did.
+    pub(crate) fn launch(
+        &self,
+        call: &Attention<'_>,
+        out: &mut TensorViewMut<'_>,
+        lse: Option<&mut TensorViewMut<'_>>,
+        ready: Option<&mut Ready>,
+    ) -> Result<()> {
+        let device = match (&self.backend, ready) {
+            (Backend::Device(device), Some(Ready { plan, params })) => {
+                let stream = call.stream.unwrap_or(&device.stream).handle();
+                let work = || plan.launch_prepared(&device.context, stream, params);
+                return device.enqueue(call, out, lse, work);
+            }
+            (Backend::Device(device), None) => Some(device),
+            (Backend::Cpu, _) => None,
+        };
+        let (geometry, addresses) = self.geometry(call, out, lse.as_deref())?;
+        match (device, &geometry.plan) {
+            (Some(device), Some(plan)) => {
+                log::info!("{} runs {}", geometry.checked.problem, plan.variant());
+                let stream = call.stream.unwrap_or(&device.stream).handle();
+                device.enqueue(call, out, lse, || plan.launch(&device.context, stream, &addresses))?;
+            }
+            (Some(_), None) => {}
+            (None, _) => {
+                log::info!("{} runs cpu", geometry.checked.problem);
+                run_on_cpu(&geometry.checked.problem, call, out, lse)?;
+            }
+        }
+        recent::ran(&geometry);
+        Ok(())
+    }
+
+    pub(crate) fn launch_alone(&self, call: &Attention<'_>, ready: &mut Ready) -> Result<()> {
+        let device = self.device_runtime()?;
+        let stream = call.stream.unwrap_or(&device.stream).handle();
+        ready.plan.launch_prepared(&device.context, stream, &mut ready.params)
+    }
+
+    /// Everything about a call that its addresses do not change, and the addresses, checked.
+    fn geometry(
+        &self,
+        call: &Attention<'_>,
+        out: &TensorViewMut<'_>,
+        lse: Option<&TensorViewMut<'_>>,
+    ) -> Result<(Rc<Geometry>, Addresses)> {
+        let addresses = Addresses::of(&call.operands(), out, lse);
+        let align = BaseAlign::of([addresses.q, addresses.k, addresses.v, addresses.out]);
+        let runtime = match &self.backend {
+            Backend::Device(device) => device.number,
+            Backend::Cpu => u64::MAX,
+        };
+        let key = Key { runtime, call, out, lse, align };
+        if let Some(geometry) = recent::find(&key) {
+            geometry.checked.check_addresses(&addresses)?;
+            self.check_stream(call)?;
+            return Ok((geometry, addresses));
+        }
+        let checked = Checked::new(&call.operands(), &call.options, out, lse)?;
         if checked.device != self.device() {
             let given = format!("a tensor on {}", checked.device);
             return Err(Error::invalid("query", given, format!("the runtime's device, {}", self.device())));
         }
-        match &self.backend {
-            Backend::Cpu if call.stream.is_some() => {
+        self.check_stream(call)?;
+        let plan = match &self.backend {
+            Backend::Device(device) if !checked.problem.is_empty() => Some(device.plan(&checked.problem, align)?),
+            _ => None,
+        };
+        let geometry = key.geometry(checked, plan);
+        recent::keep(&key, &geometry);
+        Ok((geometry, addresses))
+    }
+
+    fn check_stream(&self, call: &Attention<'_>) -> Result<()> {
+        match (&self.backend, call.stream) {
+            (_, None) => Ok(()),
+            (Backend::Cpu, Some(_)) => {
                 Err(Error::invalid("stream", "a CUDA stream", "none: the CPU backend runs the call at once"))
             }
-            Backend::Cpu => run_on_cpu(&checked.problem, call, out, lse),
-            Backend::Device(device) => device.run(&checked, call, out, lse),
+            (Backend::Device(device), Some(stream)) if !stream.context().is(&device.context) => {
+                let given = format!("a stream of cuda:{}", stream.ordinal());
+                let accepted = format!("a stream of cuda:{}", device.context.info.ordinal);
+                Err(Error::invalid("stream", given, accepted))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -309,26 +413,16 @@ impl<'a> Attention<'a> {
 }
 
 impl DeviceRuntime {
-    fn run(
+    /// Queues `work` on the call's stream, in order with other uses of its memory.
+    fn enqueue(
         &self,
-        checked: &Checked,
         call: &Attention<'_>,
         out: &mut TensorViewMut<'_>,
         lse: Option<&mut TensorViewMut<'_>>,
+        work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let stream = call.stream.unwrap_or(&self.stream);
-        if !stream.context().is(&self.context) {
-            let given = format!("a stream of cuda:{}", stream.ordinal());
-            return Err(Error::invalid("stream", given, format!("a stream of cuda:{}", self.context.info.ordinal)));
-        }
-        if checked.problem.is_empty() {
-            return Ok(());
-        }
-        let a = &checked.addresses;
-        let plan = self.plan(&checked.problem, BaseAlign::of([a.q, a.k, a.v, a.out]))?;
-        log::debug!("{} runs {}", checked.problem, plan.variant());
-        let mut buffers = Vec::new();
-        let mut loans = Vec::new();
+        let mut buffers = Few::new();
+        let mut loans = Few::new();
         for owner in call.owners() {
             match owner {
                 Owner::Buffer(buffer) => buffers.push(buffer.inner()),
@@ -342,7 +436,7 @@ impl DeviceRuntime {
             }
         }
         let lenders = Loan::homes(&loans, &self.context)?;
-        enqueue(stream, &mut buffers, &lenders, Captured::Allowed, || plan.launch(&self.context, stream.handle(), a))
+        enqueue(call.stream.unwrap_or(&self.stream), &mut buffers, &lenders, Captured::Allowed, work)
     }
 
     fn plan(&self, problem: &Problem, align: BaseAlign) -> Result<Arc<Plan>> {

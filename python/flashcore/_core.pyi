@@ -1,4 +1,4 @@
-from typing import Any, Literal, TypeVar, final, overload
+from typing import Any, Literal, TypeVar, final
 
 import numpy
 import torch
@@ -8,6 +8,7 @@ __all__ = [
     "DeviceInfo",
     "Explanation",
     "Kernel",
+    "LastPlan",
     "Plan",
     "Runtime",
     "__version__",
@@ -15,6 +16,12 @@ __all__ = [
     "bundles",
     "devices",
     "explain",
+    "last_failure",
+    "last_plan",
+    "log_fallback",
+    "register_torch_operators",
+    "start_logging",
+    "torch_symbols",
 ]
 
 _Array = TypeVar("_Array", torch.Tensor, numpy.ndarray[Any, Any])
@@ -23,38 +30,28 @@ _Align = Literal["top_left", "bottom_right"]
 
 __version__: str
 
-@overload
 def attention(
-    query: _Array,
-    key: _Array,
-    value: _Array,
-    attn_mask: _Array | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    window: _Window | None = None,
-    causal_align: _Align = "top_left",
-    return_lse: Literal[False] = False,
-    out: _Array | None = None,
-) -> _Array: ...
-@overload
-def attention(
-    query: _Array,
-    key: _Array,
-    value: _Array,
-    attn_mask: _Array | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    window: _Window | None = None,
-    causal_align: _Align = "top_left",
-    return_lse: Literal[True],
-    out: _Array | None = None,
-) -> tuple[_Array, _Array]: ...
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: _Window | None,
+    causal_align: str,
+    return_lse: bool,
+    out: Any,
+    elsewhere: bool,
+    /,
+) -> Any: ...
+def last_plan() -> LastPlan | None: ...
+def start_logging(level: str) -> None: ...
+def register_torch_operators() -> None: ...
+def torch_symbols() -> list[str]: ...
+def last_failure() -> Exception | None: ...
+def log_fallback(reason: str) -> None: ...
 def explain(
     query: _Array,
     key: _Array,
@@ -83,6 +80,15 @@ class Explanation:
     def rule(self) -> str | None: ...
     @property
     def rejected(self) -> list[tuple[str, str]]: ...
+
+@final
+class LastPlan:
+    @property
+    def device(self) -> str: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def request(self) -> str: ...
 
 @final
 class DeviceInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,45 @@ except flashcore.InvalidArgumentError as error:
 )
 def test_import_without(blocked: set[str], then: str) -> None:
     done = python("-c", WITHOUT.format(blocked=blocked, then=then))
+    assert done.returncode == 0, done.stderr
+
+
+OLD_TORCH = """
+import ctypes, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import flashcore
+
+def refusal():
+    try:
+        flashcore._core.register_torch_operators()
+    except flashcore.UnsupportedError as error:
+        return str(error)
+
+assert refusal() == "libtorch_cpu.so is not loaded: import torch", refusal()
+ctypes.CDLL({library!r})
+assert refusal() == "this torch has no torch_library_impl; torch 2.10 or newer has", refusal()
+"""
+
+
+def test_a_torch_that_is_too_old(tmp_path: Path) -> None:
+    """Stood in for by a library of its name that lacks what came with 2.10."""
+    compiler = shutil.which("cc") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    since_2_10 = {"torch_library_impl", "torch_call_dispatcher"}
+    source = tmp_path / "old.c"
+    names = [name for name in flashcore._core.torch_symbols() if name not in since_2_10]
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    library = tmp_path / "libtorch_cpu.so"
+    options = ["-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cpu.so"]
+    subprocess.run([compiler, *options, source, "-o", library], check=True)
+    done = python("-c", OLD_TORCH.format(library=str(library)))
     assert done.returncode == 0, done.stderr
 
 
@@ -145,7 +185,7 @@ def test_the_stubs_say_what_the_module_is(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "mypy.ini").write_text(STUBTEST)
     config = str(tmp_path / "mypy.ini")
-    done = python("-m", "mypy.stubtest", "flashcore", "--concise", "--mypy-config-file", config)
+    done = python("-m", "mypy.stubtest", "flashcore._core", "--concise", "--mypy-config-file", config)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

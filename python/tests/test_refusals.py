@@ -45,11 +45,18 @@ def options(**values: Any) -> Callable[[Args], Args]:
 
 INVALID: dict[str, tuple[Callable[[Args], Args], str]] = {
     # shapes
-    "query rank 3": (change(query=lambda x: x[0]), r"query: given 3 dimensions, shape \[3, 5, 16\]; accepted 4 dim"),
-    "key rank 5": (change(key=lambda x: x[None]), r"key: given 5 dimensions"),
-    "out rank 3": (change(out=lambda x: x[0]), r"out: given 3 dimensions"),
-    "mask rank 1": (change(attn_mask=lambda x: x[0]), r"attn_mask: given 1 dimensions, shape \[7\]; accepted 2 to 4"),
-    "mask rank 5": (change(attn_mask=lambda x: x[None, None, None]), r"attn_mask: given 5 dimensions"),
+    "query rank 1": (
+        change(query=lambda x: x[0, 0, 0]),
+        r"query: given 1 dimensions, shape \[16\]; accepted 2 to 6 dim",
+    ),
+    "key rank 7": (change(key=lambda x: x[(None,) * 3]), r"key: given 7 dimensions"),
+    "outer size": (
+        lambda args: change(query=lambda x: x.expand(3, 2, 3, 5, 16), key=lambda x: x.expand(2, 2, 3, 7, 16))(args),
+        r"key: given shape \[2, 2, 3, 7, 16\]; accepted a size of 1 or 3 in dimension -5",
+    ),
+    "out rank 3": (change(out=lambda x: x[0]), r"out: given shape \[3, 5, 16\]; accepted shape"),
+    "mask rank 1": (change(attn_mask=lambda x: x[0]), r"attn_mask: given 1 dimensions, shape \[7\]; accepted 2 to 6"),
+    "mask rank 7": (change(attn_mask=lambda x: x[(None,) * 5]), r"attn_mask: given 7 dimensions"),
     "mask shape": (
         change(attn_mask=lambda x: x[:4]),
         r"attn_mask: given shape \[1, 1, 4, 7\]; .*broadcasts to \[2, 3,",
@@ -93,16 +100,11 @@ INVALID: dict[str, tuple[Callable[[Args], Args], str]] = {
         change(out=lambda x: x[:, :1].expand(-1, 3, -1, -1)),
         r"out: given shape .*; accepted a tensor whose elements do not share memory",
     ),
-    "sparse": (change(key=lambda x: x.float().to_sparse()), r"key: given a tensor that DLPack cannot describe"),
-    "negative bit": (change(value=torch._neg_view), r"value: given a view with its sign to be flipped"),
     # objects
     "list": (change(query=lambda x: [1.0]), r"query: given an object of type list; accepted a torch.Tensor or a nump"),
     "None": (change(key=lambda x: None), r"key: given an object of type NoneType; accepted a torch.Tensor, like the"),
     "numpy": (change(key=lambda x: x.cpu().numpy()), r"key: given an object of type numpy.ndarray; accepted a torch"),
     "mask list": (change(attn_mask=lambda x: [[True]]), r"attn_mask: given an object of type list"),
-    "subclass": (change(query=lambda x: x.as_subclass(Subclass)), r"query: .*Subclass, a subclass of torch.Tensor"),
-    "subclass out": (change(out=lambda x: x.as_subclass(Subclass)), r"out: .*Subclass, a subclass of torch.Tensor"),
-    "meta": (change(query=lambda x: x.to("meta")), r"query: given a tensor that DLPack cannot describe .*meta"),
     # options
     "mask and causal": (
         lambda args: change(attn_mask=lambda x: x)(args) | {"is_causal": True},
@@ -110,6 +112,7 @@ INVALID: dict[str, tuple[Callable[[Args], Args], str]] = {
     ),
     "align": (options(causal_align="left"), r'causal_align: given "left"; accepted "top_left" or "bottom_right"'),
     "window": (options(window=(-1, 0)), r"window: given -1; accepted numbers >= 0, or None"),
+    "backend": (options(backend="cuda"), r"backend: given 'cuda'; accepted \"auto\" or \"flashcore\""),
     "nan scale": (options(scale=math.nan), r"scale: given NaN; accepted a finite number"),
     "inf scale": (options(scale=1e300), r"scale: given inf; accepted a finite number"),
 }
@@ -130,9 +133,9 @@ def refused(device: str, make: Callable[[Args], Args], error: type[Exception], m
     args = make({"query": query, "key": key, "value": value})
     out = args.setdefault("out", torch.full_like(query, 3.0))
     with pytest.raises(error, match=message):
-        flashcore.attention(**args)
+        flashcore.attention(**{"backend": "flashcore"} | args)
     assert torch.all(torch.as_tensor(out) == 3.0), "nothing is written"
-    if "out" not in message:
+    if not {"out", "backend"} & {message.partition(":")[0]}:
         del args["out"]
         with pytest.raises(error, match=message):
             flashcore.explain(**args)
@@ -191,36 +194,32 @@ def test_sizes_that_overflow() -> None:
         flashcore.attention(x[:, :, :1], x, x)
 
 
-def test_fake_tensors() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        query = torch.empty(1, 1, 2, 8)
-        with pytest.raises(
-            flashcore.InvalidArgumentError, match=r"query: given .*FakeTensor, a subclass of torch.Tensor"
-        ):
-            flashcore.attention(query, query, query)
-
-
-def test_outputs_that_a_mode_faked() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    real = torch.ones(1, 1, 2, 8)
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(flashcore.InvalidArgumentError, match="FakeTensor"):
-        flashcore.attention(real, real, real)
-
-
-@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize"])
-def test_function_transforms(transform: str) -> None:
-    x = torch.randn(3, 2, 5, 8)
-    functions: dict[str, Callable[[], Any]] = {
-        "vmap": lambda: torch.vmap(lambda x: flashcore.attention(x[None], x[None], x[None]))(x),
-        "grad": lambda: torch.func.grad(lambda x: flashcore.attention(x, x, x).sum())(x),
-        "jvp": lambda: torch.func.jvp(lambda x: flashcore.attention(x, x, x), (x,), (x,)),
-        "functionalize": lambda: torch.func.functionalize(lambda x: flashcore.attention(x, x, x))(x),
+def test_views_and_tensors_that_a_plan_cannot_keep(device: str) -> None:
+    """A plan and an explanation read memory, and see no more of a tensor than that."""
+    query, key, value = Case().tensors(device, torch.float16)
+    refused: dict[str, tuple[Tensor, type[Exception]]] = {
+        "a view with its sign to be flipped": (torch._neg_view(query), flashcore.InvalidArgumentError),
+        "a subclass of torch.Tensor": (query.as_subclass(Subclass), flashcore.InvalidArgumentError),
+        "requires_grad; there is no backward yet": (query.clone().requires_grad_(), flashcore.UnsupportedError),
+        "cannot describe": (query.to("meta"), flashcore.InvalidArgumentError),
     }
-    with pytest.raises(flashcore.FlashCoreError):
-        functions[transform]()
+    runtime = flashcore.Runtime(device)
+    for message, (tensor, error) in refused.items():
+        for call in (flashcore.explain, runtime.plan):
+            with pytest.raises(error, match=message):
+                call(tensor, key, value)
+    with torch.autocast(device), pytest.raises(flashcore.UnsupportedError, match="a mode of torch is on"):
+        flashcore.explain(query, key, value)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_fake_tensors(real: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    query = torch.ones(1, 1, 2, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = flashcore.attention(*(query if real else torch.empty(1, 1, 2, 8) for _ in range(3)))
+    assert isinstance(out, FakeTensor)
 
 
 def test_forward_mode_differentiation() -> None:
@@ -228,7 +227,13 @@ def test_forward_mode_differentiation() -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
         with pytest.raises(flashcore.UnsupportedError, match="forward-mode differentiation"):
-            flashcore.attention(dual, dual, dual)
+            flashcore.attention(dual, dual, dual, backend="flashcore")
+
+
+def test_sparse_tensors() -> None:
+    x = torch.randn(1, 1, 2, 8)
+    with pytest.raises(NotImplementedError):
+        flashcore.attention(x, x.to_sparse(), x)
 
 
 def test_gradients_that_nobody_asks_for_are_fine() -> None:
@@ -271,7 +276,7 @@ def test_what_no_kernel_answers(cuda: str, dtype: torch.dtype) -> None:
     with pytest.raises(
         flashcore.UnsupportedError, match=r"no kernel answers attention\(f.*\n.*: computes in"
     ) as refusal:
-        flashcore.attention(*inputs, out=out)
+        flashcore.attention(*inputs, out=out, backend="flashcore")
     assert "cast" in str(refusal.value)
     assert torch.all(out == 3.0)
     explanation = flashcore.explain(*inputs)

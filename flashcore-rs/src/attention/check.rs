@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{Device, Layout, TensorView, TensorViewMut};
 
 /// The largest head_dim that kernels exist for.
-pub(crate) const MAX_HEAD_DIM: usize = 256;
+pub const MAX_HEAD_DIM: usize = 256;
 /// Kernels add a row number, a band offset of up to this and 1 in 32 bits.
 const MAX_SEQ_LEN: usize = (1 << 30) - 1;
 
@@ -16,8 +16,20 @@ const MAX_SEQ_LEN: usize = (1 << 30) - 1;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Checked {
     pub(crate) problem: Problem,
-    pub(crate) addresses: Addresses,
     pub(crate) device: Device,
+    extents: Extents,
+}
+
+/// The bytes from the first to one past the last of each tensor.
+#[derive(Debug, Clone, Copy)]
+struct Extents {
+    q: u64,
+    k: u64,
+    v: u64,
+    out: u64,
+    lse: u64,
+    attn_mask: u64,
+    attn_mask_element: u64,
 }
 
 /// The tensors of a call.
@@ -39,21 +51,97 @@ impl Checked {
         let problem = problem(operands, options, out.layout(), lse.is_some())?;
         let device = operands.query.device();
         same_device("out", out.device(), device)?;
-        let addresses = Addresses {
+        if let Some(lse) = lse {
+            same_device("lse", lse.device(), device)?;
+            check_lse(&problem, lse.layout())?;
+        }
+        if out.layout().may_self_overlap() {
+            return Err(Error::invalid(
+                "out",
+                format!("shape {:?} with strides {:?}", out.layout().shape, out.layout().strides),
+                "a tensor whose elements do not share memory",
+            ));
+        }
+        let extents = Extents {
+            q: bytes(operands.query.layout()),
+            k: bytes(operands.key.layout()),
+            v: bytes(operands.value.layout()),
+            out: bytes(out.layout()),
+            lse: lse.map_or(0, |lse| bytes(lse.layout())),
+            attn_mask: operands.attn_mask.map_or(0, |mask| bytes(mask.layout())),
+            attn_mask_element: operands.attn_mask.map_or(1, |mask| mask.layout().dtype.size() as u64),
+        };
+        let checked = Self { problem, device, extents };
+        checked.check_addresses(&Addresses::of(operands, out, lse))?;
+        Ok(checked)
+    }
+
+    /// Addresses must be aligned to their element, and null only where there is nothing. Outputs must not share memory
+    /// with anything.
+    pub(crate) fn check_addresses(&self, addresses: &Addresses) -> Result<()> {
+        let Extents { q, k, v, out, lse, attn_mask, attn_mask_element } = self.extents;
+        let element = self.problem.dtype.size() as u64;
+        let span = |name, address, bytes, element| Span { name, address, bytes, element };
+        let inputs = [
+            span("query", addresses.q, q, element),
+            span("key", addresses.k, k, element),
+            span("value", addresses.v, v, element),
+            span("attn_mask", addresses.attn_mask, attn_mask, attn_mask_element),
+        ];
+        let outputs =
+            [span("out", addresses.out, out, element), span("lse", addresses.lse, lse, DType::F32.size() as u64)];
+        inputs.iter().chain(&outputs).try_for_each(Span::check)?;
+        for input in &inputs {
+            for output in &outputs {
+                output.check_apart(input)?;
+            }
+        }
+        outputs[1].check_apart(&outputs[0])
+    }
+}
+
+impl Addresses {
+    pub(crate) fn of(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&TensorViewMut<'_>>) -> Self {
+        Self {
             q: operands.query.address(),
             k: operands.key.address(),
             v: operands.value.address(),
             out: out.address(),
             lse: lse.map_or(0, TensorViewMut::address),
             attn_mask: operands.attn_mask.map_or(0, TensorView::address),
-        };
-        check_pointers(operands, out, lse)?;
-        if let Some(lse) = lse {
-            same_device("lse", lse.device(), device)?;
-            check_lse(&problem, lse.layout())?;
         }
-        check_overlap(operands, out, lse)?;
-        Ok(Self { problem, addresses, device })
+    }
+}
+
+fn bytes(layout: &Layout) -> u64 {
+    (layout.extent() as u64).saturating_mul(layout.dtype.size() as u64)
+}
+
+/// The memory between a tensor's first and last element.
+struct Span {
+    name: &'static str,
+    address: u64,
+    bytes: u64,
+    element: u64,
+}
+
+impl Span {
+    fn check(&self) -> Result<()> {
+        // Elements have sizes that are powers of two.
+        if self.bytes == 0 || (self.address != 0 && self.address & (self.element - 1) == 0) {
+            return Ok(());
+        }
+        let accepted = format!("a non-null address that is a multiple of {}", self.element);
+        Err(Error::invalid(self.name, format!("address {:#x}", self.address), accepted))
+    }
+
+    fn check_apart(&self, other: &Self) -> Result<()> {
+        let end = |span: &Self| span.address.saturating_add(span.bytes);
+        let apart = self.bytes == 0 || other.bytes == 0 || end(self) <= other.address || end(other) <= self.address;
+        if apart {
+            return Ok(());
+        }
+        Err(Error::invalid(self.name, format!("memory shared with {}", other.name), "memory of its own"))
     }
 }
 
@@ -234,69 +322,6 @@ fn same_device(argument: &'static str, given: Device, wanted: Device) -> Result<
         return Ok(());
     }
     Err(Error::invalid(argument, format!("a tensor on {given}"), format!("the query's device, {wanted}")))
-}
-
-/// Addresses must be aligned to their element, and null only where there is nothing.
-fn check_pointers(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&TensorViewMut<'_>>) -> Result<()> {
-    let inputs = [
-        ("query", Some(operands.query)),
-        ("key", Some(operands.key)),
-        ("value", Some(operands.value)),
-        ("attn_mask", operands.attn_mask),
-    ];
-    let inputs = inputs.iter().filter_map(|(name, view)| view.map(|v| (*name, v.address(), *v.layout())));
-    let outputs = [("out", Some(out)), ("lse", lse)];
-    let outputs = outputs.iter().filter_map(|(name, view)| view.map(|v| (*name, v.address(), *v.layout())));
-    for (name, address, layout) in inputs.chain(outputs) {
-        let size = layout.dtype.size() as u64;
-        if !layout.is_empty() && (address == 0 || address % size != 0) {
-            return Err(Error::invalid(
-                name,
-                format!("address {address:#x}"),
-                format!("a non-null address that is a multiple of {size}"),
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Outputs must not share memory with anything, by the bytes between their first and last element.
-fn check_overlap(operands: &Operands<'_>, out: &TensorViewMut<'_>, lse: Option<&TensorViewMut<'_>>) -> Result<()> {
-    let span = |address: u64, layout: &Layout| {
-        address..address.saturating_add((layout.extent() as u64).saturating_mul(layout.dtype.size() as u64))
-    };
-    let overlap = |a: &std::ops::Range<u64>, b: &std::ops::Range<u64>| {
-        !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
-    };
-    let out_span = span(out.address(), out.layout());
-    if out.layout().may_self_overlap() {
-        return Err(Error::invalid(
-            "out",
-            format!("shape {:?} with strides {:?}", out.layout().shape, out.layout().strides),
-            "a tensor whose elements do not share memory",
-        ));
-    }
-    let lse_span = lse.map(|lse| span(lse.address(), lse.layout()));
-    let inputs = [
-        ("query", Some(operands.query)),
-        ("key", Some(operands.key)),
-        ("value", Some(operands.value)),
-        ("attn_mask", operands.attn_mask),
-    ];
-    for (name, view) in inputs {
-        let Some(view) = view else { continue };
-        let input = span(view.address(), view.layout());
-        if overlap(&input, &out_span) {
-            return Err(Error::invalid("out", format!("memory shared with {name}"), "memory of its own"));
-        }
-        if lse_span.as_ref().is_some_and(|lse| overlap(&input, lse)) {
-            return Err(Error::invalid("lse", format!("memory shared with {name}"), "memory of its own"));
-        }
-    }
-    if lse_span.is_some_and(|lse| overlap(&out_span, &lse)) {
-        return Err(Error::invalid("lse", "memory shared with out", "memory of its own"));
-    }
-    Ok(())
 }
 
 /// The band of causal and window, clamped so that `row + offset` stays within 32 bits without changing who sees whom.

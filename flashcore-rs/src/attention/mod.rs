@@ -2,13 +2,18 @@
 
 pub(crate) mod check;
 pub(crate) mod plan;
+pub(crate) mod prepared;
 mod problem;
+pub(crate) mod recent;
 mod select;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::check::MAX_HEAD_DIM;
 pub use self::plan::Plan;
+pub use self::prepared::PreparedCall;
 pub use self::problem::{Band, CausalAlign, MaskLayout, Problem};
+pub use self::recent::{LastPlan, last_plan};
 pub use self::select::{Explanation, Rejection};
 use crate::device::Stream;
 use crate::error::Result;
@@ -119,6 +124,23 @@ impl<'a> Attention<'a> {
     /// As [`Attention::run`].
     pub fn run_with_lse(self, out: &mut TensorViewMut<'_>, lse: &mut TensorViewMut<'_>) -> Result<()> {
         self.runtime.run(&self, out, Some(lse))
+    }
+
+    /// Makes everything that can be made before a launch: checks, the choice of a kernel, its arguments. For a call that
+    /// is made many times with the same tensors.
+    ///
+    /// # Errors
+    /// As [`Attention::run`].
+    pub fn prepare(self, out: TensorViewMut<'a>) -> Result<PreparedCall<'a>> {
+        PreparedCall::new(self, out, None)
+    }
+
+    /// As [`Attention::prepare`], for a call that writes the log-sum-exp too.
+    ///
+    /// # Errors
+    /// As [`Attention::run`].
+    pub fn prepare_with_lse(self, out: TensorViewMut<'a>, lse: TensorViewMut<'a>) -> Result<PreparedCall<'a>> {
+        PreparedCall::new(self, out, Some(lse))
     }
 
     /// Says which kernel would run for a contiguous output, and why not each of the others. Launches nothing.

@@ -2,7 +2,7 @@
 
 use super::problem::Problem;
 use crate::bundle::manifest::{Factor, Grid, Launch, Param, Quantity, Tensor, Tile, Variant};
-use crate::device::{DeviceContext, log_drop_error};
+use crate::device::{DeviceContext, Few, log_drop_error};
 use crate::driver::{FunctionHandle, LaunchRequest, ParamBlock, StreamHandle, TensorMapSpec};
 use crate::error::{Error, Result};
 use crate::tensor::Layout;
@@ -91,17 +91,44 @@ impl Plan {
     /// Queues the launches. Scratch memory is stream-ordered and belongs to this call alone, so that calls on several
     /// streams share nothing.
     pub(crate) fn launch(&self, context: &DeviceContext, stream: StreamHandle, addresses: &Addresses) -> Result<()> {
-        let mut workspace = Vec::new();
-        let queued = self
-            .workspace
-            .iter()
-            .try_for_each(|&bytes| {
-                workspace.push(context.driver.alloc(context.handle, bytes.max(1), stream)?);
-                Ok(())
+        self.with_workspace(context, stream, |workspace| {
+            self.launches.iter().try_for_each(|launch| launch.launch(context, stream, addresses, workspace))
+        })
+    }
+
+    /// The arguments of every launch, with all but scratch memory in its place.
+    pub(crate) fn prepare(&self, context: &DeviceContext, addresses: &Addresses) -> Result<Vec<ParamBlock>> {
+        self.launches.iter().map(|launch| launch.prepare(context, addresses)).collect()
+    }
+
+    /// Queues the launches with what [`Plan::prepare`] gave.
+    pub(crate) fn launch_prepared(
+        &self,
+        context: &DeviceContext,
+        stream: StreamHandle,
+        params: &mut [ParamBlock],
+    ) -> Result<()> {
+        self.with_workspace(context, stream, |workspace| {
+            let mut launches = self.launches.iter().zip(params);
+            launches.try_for_each(|(launch, params)| {
+                launch.place_workspace(params, workspace);
+                launch.queue(context, stream, params, &[])
             })
-            .and_then(|()| {
-                self.launches.iter().try_for_each(|launch| launch.launch(context, stream, addresses, &workspace))
-            });
+        })
+    }
+
+    fn with_workspace(
+        &self,
+        context: &DeviceContext,
+        stream: StreamHandle,
+        work: impl FnOnce(&[u64]) -> Result<()>,
+    ) -> Result<()> {
+        let mut workspace = Few::new();
+        let allocated = self.workspace.iter().try_for_each(|&bytes| {
+            workspace.push(context.driver.alloc(context.handle, bytes.max(1), stream)?);
+            Ok(())
+        });
+        let queued = allocated.and_then(|()| work(&workspace));
         for address in workspace {
             log_drop_error("scratch memory", context.driver.free(context.handle, address, stream));
         }
@@ -156,33 +183,57 @@ impl PlannedLaunch {
         workspace: &[u64],
     ) -> Result<()> {
         let mut params = self.params.clone();
+        self.place(&mut params, addresses);
+        self.place_workspace(&mut params, workspace);
+        let maps: Few<_> = self.maps(addresses).collect();
+        self.queue(context, stream, &mut params, &maps)
+    }
+
+    fn prepare(&self, context: &DeviceContext, addresses: &Addresses) -> Result<ParamBlock> {
+        let mut params = self.params.clone();
+        self.place(&mut params, addresses);
+        for (index, spec) in self.maps(addresses) {
+            params.set(index, &context.driver.encode_tensor_map(context.handle, &spec)?.0);
+        }
+        Ok(params)
+    }
+
+    fn maps(&self, addresses: &Addresses) -> impl Iterator<Item = (usize, TensorMapSpec)> {
+        let at = |spec: &TensorMapSpec, address| TensorMapSpec { address, ..*spec };
+        self.tensor_maps.iter().map(move |(index, tensor, spec)| (*index, at(spec, addresses.tensor(*tensor))))
+    }
+
+    fn place(&self, params: &mut ParamBlock, addresses: &Addresses) {
         for &(index, quantity) in &self.pointers {
             let address = match quantity {
                 Quantity::Address(tensor) => addresses.tensor(tensor),
                 Quantity::Lse => addresses.lse,
                 Quantity::AttnMask => addresses.attn_mask,
-                Quantity::Workspace(index) => workspace.get(index).copied().unwrap_or_default(),
                 _ => 0,
             };
             params.set(index, &address.to_ne_bytes());
         }
-        for (index, tensor, spec) in &self.tensor_maps {
-            let spec = TensorMapSpec { address: addresses.tensor(*tensor), ..*spec };
-            let map = context.driver.encode_tensor_map(context.handle, &spec)?;
-            params.set(*index, &map.0);
+    }
+
+    fn place_workspace(&self, params: &mut ParamBlock, workspace: &[u64]) {
+        for &(index, quantity) in &self.pointers {
+            if let Quantity::Workspace(which) = quantity {
+                params.set(index, &workspace.get(which).copied().unwrap_or_default().to_ne_bytes());
+            }
         }
-        context.driver.launch(
-            context.handle,
-            &LaunchRequest {
-                function: self.function,
-                grid: self.grid,
-                block_threads: self.block_threads,
-                cluster: self.cluster,
-                shared_bytes: self.shared_bytes,
-                stream,
-                params: &params,
-            },
-        )
+    }
+
+    fn queue(
+        &self,
+        context: &DeviceContext,
+        stream: StreamHandle,
+        params: &mut ParamBlock,
+        tensor_maps: &[(usize, TensorMapSpec)],
+    ) -> Result<()> {
+        let &Self { function, grid, block_threads, cluster, shared_bytes, .. } = self;
+        let mut request =
+            LaunchRequest { function, grid, block_threads, cluster, shared_bytes, stream, params, tensor_maps };
+        context.driver.launch(context.handle, &mut request)
     }
 }
 

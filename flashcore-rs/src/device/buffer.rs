@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use smallvec::SmallVec;
+
 use super::stream::hold_all;
 use super::{DeviceContext, Stream};
 use crate::driver::StreamHandle;
@@ -71,15 +73,27 @@ pub(crate) enum Captured {
     Refused(&'static str),
 }
 
+/// As many as a call has tensors, without memory of their own.
+pub(crate) type Few<T> = SmallVec<[T; 8]>;
+
 /// Queues `work` on `stream`, ordered with every other use of `buffers`, and of memory on loan whose home streams are
 /// `lenders`.
 pub(crate) fn enqueue(
     stream: &Stream,
-    buffers: &mut Vec<&Arc<BufferInner>>,
+    buffers: &mut Few<&Arc<BufferInner>>,
     lenders: &[Stream],
     captured: Captured,
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
+    if buffers.is_empty() && lenders.is_empty() {
+        // Foreign memory only, whose order is the caller's contract, also in captures by other libraries.
+        let hold = stream.hold();
+        match captured {
+            Captured::Allowed => _ = hold.keep(&[])?,
+            Captured::Refused(what) => hold.refuse_capture(what)?,
+        }
+        return work();
+    }
     if let Some(buffer) = buffers.iter().find(|buffer| !buffer.home.context().is(stream.context())) {
         let given = format!("a buffer of cuda:{}", buffer.home.ordinal());
         return Err(Error::invalid("buffer", given, "buffers of the stream's device and driver"));
@@ -87,9 +101,9 @@ pub(crate) fn enqueue(
     // Address order, each once: two threads with the same buffers cannot deadlock.
     buffers.sort_unstable_by_key(|buffer| Arc::as_ptr(buffer).addr());
     buffers.dedup_by(|a, b| Arc::ptr_eq(a, b));
-    let _turns: Vec<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
+    let _turns: Few<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
     let homes = buffers.iter().map(|buffer| &buffer.home).chain(lenders);
-    let mut streams: Vec<&Stream> = homes.chain([stream]).collect();
+    let mut streams: Few<&Stream> = homes.chain([stream]).collect();
     let holds = hold_all(&mut streams);
     for hold in holds.iter().filter(|hold| hold.is_on(stream)) {
         match captured {
@@ -100,10 +114,6 @@ pub(crate) fn enqueue(
             Captured::Refused(what) => hold.refuse_capture(what)?,
             Captured::Allowed => {}
         }
-    }
-    if buffers.is_empty() && lenders.is_empty() {
-        // Foreign memory only, whose order is the caller's contract, also in captures by other libraries.
-        return work();
     }
     holds.iter().try_for_each(|hold| hold.refuse_capture("buffer"))?;
     streams.iter().try_for_each(|home| stream.follow(home))?;

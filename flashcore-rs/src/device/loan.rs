@@ -5,7 +5,7 @@
 
 use std::fmt::Debug;
 
-use super::{DeviceContext, Stream};
+use super::{DeviceContext, Few, Stream};
 use crate::driver::StreamHandle;
 use crate::error::{Error, Result};
 
@@ -41,12 +41,12 @@ impl<T> Guard for T {}
 
 impl Loan<'_> {
     /// The home streams of loans, each once.
-    pub(crate) fn homes(loans: &[Self], context: &std::sync::Arc<DeviceContext>) -> Result<Vec<Stream>> {
+    pub(crate) fn homes(loans: &[Self], context: &std::sync::Arc<DeviceContext>) -> Result<Few<Stream>> {
         if loans.iter().any(|loan| loan.context != context.handle.0) {
             let given = "memory of another context of the device";
             return Err(Error::invalid("buffer", given, "memory of the device's primary context"));
         }
-        let mut homes: Vec<u64> = loans.iter().map(|loan| loan.home).collect();
+        let mut homes: Few<u64> = loans.iter().map(|loan| loan.home).collect();
         homes.sort_unstable();
         homes.dedup();
         homes.into_iter().map(|home| Stream::foreign(context.clone(), StreamHandle(home), None)).collect()

@@ -19,7 +19,7 @@ mod stream;
 use std::sync::Arc;
 
 pub use self::buffer::DeviceBuffer;
-pub(crate) use self::buffer::{Captured, enqueue};
+pub(crate) use self::buffer::{Captured, Few, enqueue};
 pub use self::graph::Graph;
 pub(crate) use self::loan::{Lender, LenderMut, Loan};
 pub use self::stream::{Event, Stream};

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::ThreadId;
 
 use super::buffer::{BufferInner, Memory};
-use super::{DeviceContext, Graph, log_drop_error};
+use super::{DeviceContext, Few, Graph, log_drop_error};
 use crate::driver::{EventHandle, StreamHandle};
 use crate::error::{Error, Result};
 
@@ -30,7 +30,7 @@ enum Origin {
     /// Ours to destroy.
     Created,
     /// Another library's, which keeps it alive, or is held to by a reference.
-    Foreign(#[expect(dead_code, reason = "held for its drop")] Option<KeepAlive>),
+    Foreign(Option<KeepAlive>),
 }
 
 /// A reference to what must outlive a stream.
@@ -114,17 +114,12 @@ impl Stream {
 
     /// A stream that is not ours to destroy. `keep` is held as long as the stream is.
     pub(crate) fn foreign(context: Arc<DeviceContext>, handle: StreamHandle, keep: Option<KeepAlive>) -> Result<Self> {
-        const LEGACY: u64 = 1;
         const PER_THREAD: u64 = 2;
-        let handle = match handle.0 {
-            PER_THREAD => {
-                let given = "the per-thread default stream";
-                return Err(Error::invalid("stream", given, "a stream that is the same on every thread"));
-            }
-            LEGACY => StreamHandle::default(),
-            handle => StreamHandle(handle),
-        };
-        Ok(Self::new(context, handle, Origin::Foreign(keep)))
+        if handle.0 == PER_THREAD {
+            let given = "the per-thread default stream";
+            return Err(Error::invalid("stream", given, "a stream that is the same on every thread"));
+        }
+        Ok(Self::new(context, one_name(handle), Origin::Foreign(keep)))
     }
 
     fn new(context: Arc<DeviceContext>, handle: StreamHandle, origin: Origin) -> Self {
@@ -133,6 +128,14 @@ impl Stream {
 
     pub(crate) fn context(&self) -> &Arc<DeviceContext> {
         &self.inner.context
+    }
+
+    /// Whether this is what [`crate::Runtime::foreign_stream`] gives for a handle.
+    pub fn is_foreign(&self, runtime: &crate::Runtime, raw: u64) -> bool {
+        let foreign = matches!(self.inner.origin, Origin::Foreign(None));
+        foreign
+            && self.handle() == one_name(StreamHandle(raw))
+            && runtime.context().is_ok_and(|context| self.context().is(context))
     }
 
     pub(crate) fn handle(&self) -> StreamHandle {
@@ -175,7 +178,7 @@ impl Stream {
     /// # Errors
     /// [`Error::InvalidArgument`] while one of them is captured; a driver failure.
     pub fn wait_for(&self, other: &Self) -> Result<()> {
-        let mut streams = vec![self, other];
+        let mut streams = Few::from_slice(&[self, other]);
         let holds = hold_all(&mut streams);
         holds.iter().try_for_each(|hold| hold.refuse_capture("wait"))?;
         self.follow(other)
@@ -252,11 +255,17 @@ impl Stream {
     }
 }
 
+/// The legacy default stream has two names; it is 0 here.
+fn one_name(handle: StreamHandle) -> StreamHandle {
+    const LEGACY: u64 = 1;
+    if handle.0 == LEGACY { StreamHandle::default() } else { handle }
+}
+
 /// Holds each stream once, in an order that all threads share: a capture that waits to begin between two holds of the
 /// same stream, or of two streams in opposite orders, would be a deadlock.
-pub(super) fn hold_all<'a>(streams: &mut Vec<&'a Stream>) -> Vec<Hold<'a>> {
+pub(super) fn hold_all<'a>(streams: &mut Few<&'a Stream>) -> Few<Hold<'a>> {
     streams.sort_unstable_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
-    streams.dedup_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
+    streams.dedup_by(|a, b| Arc::ptr_eq(&a.inner, &b.inner));
     streams.iter().map(|stream| stream.hold()).collect()
 }
 

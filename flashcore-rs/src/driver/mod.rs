@@ -90,8 +90,10 @@ pub struct LaunchRequest<'a> {
     pub shared_bytes: u32,
     /// The stream.
     pub stream: StreamHandle,
-    /// The arguments.
-    pub params: &'a ParamBlock,
+    /// The arguments. Those that are TMA descriptors are encoded into it first.
+    pub params: &'a mut ParamBlock,
+    /// Which arguments those are, and what they describe.
+    pub tensor_maps: &'a [(usize, TensorMapSpec)],
 }
 
 /// Room for the arguments of one launch. (The driver's own limit is 4 KiB; a forward with four tensor maps takes 856.)
@@ -148,13 +150,11 @@ impl ParamBlock {
 
     /// Where the bytes start; 128-byte aligned.
     #[cfg(feature = "cuda")]
-    #[cfg(feature = "cuda")]
     pub fn as_ptr(&self) -> *const u8 {
         self.bytes.as_ptr()
     }
 
     /// The offset of each parameter from [`ParamBlock::as_ptr`].
-    #[cfg(feature = "cuda")]
     #[cfg(feature = "cuda")]
     pub fn offsets(&self) -> &[u16] {
         &self.offsets[..self.count]
@@ -213,8 +213,8 @@ pub trait Driver: Send + Sync {
     fn param_info(&self, function: FunctionHandle, index: usize) -> Result<Option<(usize, usize)>>;
     /// Encodes a TMA descriptor. Touches no device state, but the driver wants a context on the thread.
     fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap>;
-    /// Launches a kernel. Never synchronises.
-    fn launch(&self, context: ContextHandle, request: &LaunchRequest<'_>) -> Result<()>;
+    /// Encodes what descriptors the request has, and launches its kernel. Never synchronises.
+    fn launch(&self, context: ContextHandle, request: &mut LaunchRequest<'_>) -> Result<()>;
 
     /// Stream-ordered allocation.
     fn alloc(&self, context: ContextHandle, bytes: usize, stream: StreamHandle) -> Result<u64>;

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::host::HostTensor;
 use super::inputs::Inputs;
 use crate::attention::check::Operands;
+use crate::attention::plan::Addresses;
 use crate::attention::{AttentionOptions, BaseAlign, Checked, select};
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
@@ -84,7 +85,8 @@ fn call(
 ) -> Result<Ran> {
     let operands = Operands { query: &query, key: &key, value: &value, attn_mask: attn_mask.as_ref() };
     let checked = Checked::new(&operands, &options, out, lse.as_deref())?;
-    let ran = chosen(runtime, &checked)?;
+    let addresses = Addresses::of(&operands, out, lse.as_deref());
+    let ran = chosen(runtime, &checked, &addresses)?;
     let mut call = runtime.attention(&query, &key, &value).options(options);
     if let Some(mask) = attn_mask {
         call = call.attn_mask(mask);
@@ -97,14 +99,13 @@ fn call(
 }
 
 /// The variant that the runtime chooses for a call.
-fn chosen(runtime: &Runtime, checked: &Checked) -> Result<Ran> {
+fn chosen(runtime: &Runtime, checked: &Checked, addresses: &Addresses) -> Result<Ran> {
     let Some(manifest) = runtime.manifest() else {
         return Ok(Ran { variant: "cpu".into(), tile: None });
     };
     if checked.problem.is_empty() {
         return Ok(Ran { variant: "none".into(), tile: None });
     }
-    let addresses = &checked.addresses;
     let align = BaseAlign::of([addresses.q, addresses.k, addresses.v, addresses.out]);
     let variant = select(manifest, &checked.problem, align).map_err(Error::Unsupported)?;
     let tile = [variant.tile.query as usize, variant.tile.key as usize];

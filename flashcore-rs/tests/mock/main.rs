@@ -16,3 +16,4 @@ mod plan;
 mod programs;
 mod properties;
 mod refusals;
+mod repeats;

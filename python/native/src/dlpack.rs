@@ -9,7 +9,7 @@ use flashcore::{DType, Device};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyCapsuleMethods};
 
-use crate::errors::{Result, invalid};
+use crate::errors::{Failure, Result, invalid};
 use crate::operand::{Operand, Role};
 
 const CAPSULE: &CStr = c"dlpack_exchange_api";
@@ -84,13 +84,14 @@ impl Exchange {
     ///
     /// # Safety
     /// `object` is of the type that published this table, or of a subclass.
+    #[inline]
     pub(crate) unsafe fn read(self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
         let mut tensor = std::mem::MaybeUninit::<DLTensor>::uninit();
-        let Some(function) = self.0.tensor_from_object else { return Err(unreadable(role, "no reader").into()) };
+        let Some(function) = self.0.tensor_from_object else { return Err(unreadable(role, "no reader")) };
         // SAFETY: the object is of the table's type (the caller's promise), and `tensor` has room for the result.
         let status = unsafe { function(object.as_ptr().cast(), tensor.as_mut_ptr()) };
         if status != 0 {
-            return Err(refused(role, object.py()).into());
+            return Err(refused(role, object.py()));
         }
         // SAFETY: the function succeeded, so it filled the struct; `object` keeps shape and strides alive meanwhile.
         unsafe { describe(role, tensor.assume_init_ref()) }
@@ -105,14 +106,14 @@ impl Exchange {
         // SAFETY: the object is of the table's type (the caller's promise), and `managed` has room for the result.
         let status = unsafe { (self.0.managed_from_object)(object.as_ptr().cast(), &mut managed) };
         let Some(managed) = NonNull::new(managed).filter(|_| status == 0) else {
-            return Err(refused(role, object.py()).into());
+            return Err(refused(role, object.py()));
         };
         let shared = Shared(managed);
         // SAFETY: the function succeeded, so this is a live managed tensor, and ours. Its version precedes everything
         // that another major version may have moved.
         let tensor = unsafe {
             if (*managed.as_ptr()).version[0] != MAJOR {
-                return Err(unreadable(role, "another DLPack version").into());
+                return Err(unreadable(role, "another DLPack version"));
             }
             &(*managed.as_ptr()).tensor
         };
@@ -154,15 +155,19 @@ impl Drop for Shared {
 ///
 /// # Safety
 /// `tensor` was filled by its producer, and its shape and strides are alive.
+#[inline]
 unsafe fn describe(role: &'static Role, tensor: &DLTensor) -> Result<Operand> {
     let device = match tensor.device_type {
         CPU | CUDA_HOST => Device::Cpu,
         CUDA => Device::Cuda(tensor.device_id.unsigned_abs()),
-        other => return Err(invalid(role.name, format!("DLPack device type {other}"), "cpu or cuda").into()),
+        other => {
+            let given = format!("DLPack device type {other}");
+            return Err(Failure::Unreadable(invalid(role.name, given, "cpu or cuda")));
+        }
     };
     let Some(dtype) = dtype(tensor.code, tensor.bits, tensor.lanes) else {
         let given = dtype_name(tensor.code, tensor.bits);
-        return Err(crate::operand::bad_dtype(role, &given).into());
+        return Err(crate::operand::bad_dtype(role, &given));
     };
     let rank = tensor.ndim.unsigned_abs() as usize;
     // SAFETY: the producer's shape has `ndim` sizes (the caller's promise).
@@ -170,7 +175,7 @@ unsafe fn describe(role: &'static Role, tensor: &DLTensor) -> Result<Operand> {
     // SAFETY: so have its strides, which are never null from DLPack 1.2 on; before, null meant row-major.
     let strides = unsafe { list(tensor.strides, rank) };
     if strides.len() != shape.len() {
-        return Err(unreadable(role, "no strides").into());
+        return Err(unreadable(role, "no strides"));
     }
     let address = (tensor.data.addr() as u64).wrapping_add(tensor.byte_offset);
     Ok(Operand::new(role, device, address, dtype, shape, strides)?)
@@ -203,12 +208,13 @@ fn dtype_name(code: u8, bits: u8) -> String {
     format!("{kind}{bits}")
 }
 
-fn unreadable(role: &'static Role, why: &str) -> flashcore::Error {
-    invalid(role.name, format!("a tensor that DLPack cannot describe ({why})"), "a dense tensor on cpu or cuda")
+fn unreadable(role: &'static Role, why: &str) -> Failure {
+    let given = format!("a tensor that DLPack cannot describe ({why})");
+    Failure::Unreadable(invalid(role.name, given, "a dense tensor on cpu or cuda"))
 }
 
 /// The exception that a producer raised, in our words.
-fn refused(role: &'static Role, py: Python<'_>) -> flashcore::Error {
+fn refused(role: &'static Role, py: Python<'_>) -> Failure {
     let message = PyErr::fetch(py).value(py).to_string();
     unreadable(role, message.lines().next().unwrap_or_default())
 }

@@ -46,6 +46,35 @@ impl Explanation {
     }
 }
 
+/// What this thread's last call ran.
+#[pyclass(frozen, get_all, module = "flashcore")]
+pub(crate) struct LastPlan {
+    /// Where: "cuda:0", "cpu".
+    device: String,
+    /// The kernel's name; "cpu" for the CPU backend, "none" when there was nothing to do.
+    kernel: String,
+    /// The call in words.
+    request: String,
+}
+
+#[pymethods]
+impl LastPlan {
+    fn __repr__(&self) -> String {
+        format!("<flashcore.LastPlan: {} on {}>", self.kernel, self.device)
+    }
+}
+
+/// What this thread's last call of `flashcore.attention`, of the operators, or of an overridden SDPA ran; None before the
+/// first. What torch answered itself does not count.
+#[pyfunction]
+pub(crate) fn last_plan() -> Option<LastPlan> {
+    flashcore::last_plan().map(|flashcore::LastPlan { device, kernel, request }| LastPlan {
+        device: device.to_string(),
+        kernel,
+        request,
+    })
+}
+
 /// Facts about a CUDA device.
 #[pyclass(frozen, get_all, module = "flashcore")]
 pub(crate) struct DeviceInfo {

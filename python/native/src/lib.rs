@@ -1,8 +1,9 @@
 //! `flashcore._core`: the Python face of FlashCore.
 //!
-//! Arrays come in through [`library`] as plain [`operand::Operand`]s, [`request`] gives them SDPA's meaning, and
-//! [`call`] runs them on a [`flashcore::Runtime`]. `unsafe` is confined to [`dlpack`], where foreign structs are read,
-//! and to [`call`], where the described memory is used.
+//! Arrays come in as plain [`operand::Operand`]s, from Python through [`library`] and [`request`], and from torch's
+//! dispatcher through [`op`]. [`sdpa`] says what they mean, and [`call`] runs them on a [`flashcore::Runtime`]. `unsafe`
+//! is confined to the boundaries, [`dlpack`], [`quiet`], [`shim`] and [`op`], and to [`call`], where the described memory
+//! is used.
 
 mod call;
 #[allow(unsafe_code, reason = "the boundary to DLPack")]
@@ -10,9 +11,17 @@ mod dlpack;
 mod errors;
 mod info;
 mod library;
+mod logging;
+#[allow(unsafe_code, reason = "an operator that libtorch calls")]
+mod op;
 mod operand;
+#[allow(unsafe_code, reason = "the boundary to Python's C functions")]
+mod quiet;
 mod request;
 mod runtime;
+mod sdpa;
+#[allow(unsafe_code, reason = "the boundary to libtorch")]
+mod shim;
 mod threads;
 
 use pyo3::prelude::*;
@@ -26,7 +35,11 @@ mod _core {
     use super::PyResult;
 
     #[pymodule_export]
-    use super::info::{Bundle, DeviceInfo, Explanation, Kernel, bundles, devices};
+    use super::info::{Bundle, DeviceInfo, Explanation, Kernel, LastPlan, bundles, devices, last_plan};
+    #[pymodule_export]
+    use super::logging::start_logging;
+    #[pymodule_export]
+    use super::op::{last_failure, log_fallback, register_torch_operators, torch_symbols};
     #[pymodule_export]
     use super::request::{attention, explain};
     #[pymodule_export]

@@ -10,7 +10,9 @@ use pyo3::types::{PyDict, PyTuple, PyType};
 
 use crate::dlpack::{Exchange, Shared};
 use crate::errors::{Result, invalid, unsupported};
-use crate::operand::{OUT, Operand, Role, bad_dtype};
+use crate::operand::{MAX_RANK, OUT, Operand, Role, bad_dtype};
+use crate::quiet::Switches;
+use crate::sdpa::out_strides;
 
 /// The library whose arrays a call is made of.
 #[derive(Clone, Copy)]
@@ -26,13 +28,17 @@ pub(crate) enum Keep {
 }
 
 impl Library {
+    /// PyTorch, if the program has imported it.
+    pub(crate) fn torch(py: Python<'_>) -> Result<Option<&'static Torch>> {
+        Torch::get(py)
+    }
+
     /// The library that made `object`.
     pub(crate) fn of(role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Self> {
         let py = object.py();
         if let Some(torch) = Torch::get(py)?
             && torch.made(object)
         {
-            torch.check_forward_mode(py)?;
             return Ok(Self::Torch(torch));
         }
         match Numpy::get(py)? {
@@ -47,23 +53,30 @@ impl Library {
         self,
         query: &Bound<'py, PyAny>,
         operand: &Operand,
-        shape: [usize; 4],
+        shape: &[usize; MAX_RANK],
+        rank: usize,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = query.py();
+        let first = MAX_RANK - rank;
         match self {
-            Self::Torch(torch) if shape == operand.shape && !operand.strides.contains(&0) => {
+            Self::Torch(torch) if *shape == operand.shape && rank == operand.rank && !operand.repeats() => {
                 torch.empty_like.bind(py).call1((query,))
             }
             Self::Torch(_) => {
-                query.call_method1(intern!(py, "new_empty_strided"), (shape, strides_like(operand, shape)))
+                let strides = out_strides(operand, shape);
+                query.call_method1(intern!(py, "new_empty_strided"), (&shape[first..], &strides[first..]))
             }
-            Self::Numpy(numpy) => numpy.empty.bind(py).call1((shape, query.getattr(intern!(py, "dtype"))?)),
+            Self::Numpy(numpy) => {
+                let shape = PyTuple::new(py, &shape[first..])?;
+                numpy.empty.bind(py).call1((shape, query.getattr(intern!(py, "dtype"))?))
+            }
         }
     }
 
     /// A new f32 array on the query's device, uninitialised.
-    pub(crate) fn empty_lse<'py>(self, query: &Bound<'py, PyAny>, shape: [usize; 3]) -> PyResult<Bound<'py, PyAny>> {
+    pub(crate) fn empty_lse<'py>(self, query: &Bound<'py, PyAny>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
         let py = query.py();
+        let shape = PyTuple::new(py, shape)?;
         match self {
             Self::Torch(torch) => {
                 let options = PyDict::new(py);
@@ -88,15 +101,28 @@ pub(crate) struct Reader {
     pub(crate) library: Library,
     /// Whether the operands outlive the call, and with it the caller's references to the arrays.
     share: bool,
+    /// Whether torch's modes and the tensors' flags have yet to be looked at.
+    check: bool,
     keep: Vec<Keep>,
 }
 
 impl Reader {
-    pub(crate) fn new(library: Library, share: bool) -> Self {
-        Self { library, share, keep: Vec::new() }
+    /// Reads arrays for the time of a call that torch need not see.
+    pub(crate) fn new(library: Library) -> Self {
+        Self { library, share: false, check: false, keep: Vec::new() }
+    }
+
+    /// Reads any arrays, and refuses what is more than its memory; with `share`, for longer than the call.
+    pub(crate) fn checking(library: Library, share: bool) -> Self {
+        Self { library, share, check: true, keep: Vec::new() }
     }
 
     pub(crate) fn read(&mut self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
+        if let Library::Torch(torch) = self.library
+            && self.check
+        {
+            torch.check(role, object)?;
+        }
         let (operand, keep) = match self.library {
             Library::Torch(torch) if !self.share => return torch.read(role, object),
             Library::Torch(torch) => torch.share(role, object)?,
@@ -112,21 +138,6 @@ impl Reader {
     }
 }
 
-/// Row-major strides for `shape`, its dimensions in the order of the operand's strides.
-fn strides_like(operand: &Operand, shape: [usize; 4]) -> [i64; 4] {
-    let mut order = [0, 1, 2];
-    if !operand.strides.contains(&0) {
-        order.sort_by_key(|&dim| std::cmp::Reverse(operand.strides[dim]));
-    }
-    let mut strides = [1; 4];
-    let mut next = shape[3].max(1) as i64;
-    for &dim in order.iter().rev() {
-        strides[dim] = next;
-        next = next.saturating_mul(shape[dim].max(1) as i64);
-    }
-    strides
-}
-
 /// PyTorch, from 2.10 on.
 pub(crate) struct Torch {
     tensor: Py<PyType>,
@@ -134,8 +145,7 @@ pub(crate) struct Torch {
     exchange: Exchange,
     empty_like: Py<PyAny>,
     float32: Py<PyAny>,
-    is_grad_enabled: Py<PyAny>,
-    forward_ad: Py<PyAny>,
+    switches: Switches,
 }
 
 impl Torch {
@@ -159,8 +169,7 @@ impl Torch {
             exchange,
             empty_like: module.getattr("empty_like")?.unbind(),
             float32: module.getattr("float32")?.unbind(),
-            is_grad_enabled: module.getattr("is_grad_enabled")?.unbind(),
-            forward_ad: py.import("torch.autograd.forward_ad")?.into_any().unbind(),
+            switches: Switches::of(&module)?,
         };
         Ok(Some(TORCH.get_or_init(py, || torch)))
     }
@@ -172,50 +181,77 @@ impl Torch {
         class == self.tensor.as_ptr().cast() || class == self.parameter.as_ptr().cast()
     }
 
+    /// Whether `object` is a tensor of any class.
+    pub(crate) fn is_tensor(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+        object.is_instance(self.tensor.bind(object.py()))
+    }
+
+    /// Whether a call with these tensors is nothing but a kernel to torch, so that nobody else need see it.
+    pub(crate) fn is_quiet<'a, 'py: 'a>(
+        &self,
+        py: Python<'py>,
+        tensors: impl Iterator<Item = &'a Bound<'py, PyAny>>,
+    ) -> PyResult<bool> {
+        if !self.switches.all_off(py)? {
+            return Ok(false);
+        }
+        let grad_enabled = self.switches.grad_enabled(py)?;
+        for tensor in tensors {
+            if !self.made(tensor) {
+                // Another library's array is refused where it is read.
+                if self.is_tensor(tensor)? {
+                    return Ok(false);
+                }
+                continue;
+            }
+            if self.switches.is_neg(tensor)? || (grad_enabled && self.switches.requires_grad(tensor)?) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    #[inline]
     fn read(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
-        self.check(role, object)?;
+        self.check_class(role, object)?;
         #[expect(unsafe_code, reason = "the exchange table's contract")]
-        // SAFETY: `check` let only `torch.Tensor` and `torch.nn.Parameter` pass; the table is `torch.Tensor`'s.
+        // SAFETY: only `torch.Tensor` and `torch.nn.Parameter` passed; the table is `torch.Tensor`'s.
         unsafe {
             self.exchange.read(role, object)
         }
     }
 
     fn share(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<(Operand, Keep)> {
-        self.check(role, object)?;
+        self.check_class(role, object)?;
         #[expect(unsafe_code, reason = "the exchange table's contract")]
         // SAFETY: as in `read`.
         let (operand, shared) = unsafe { self.exchange.share(role, object) }?;
         Ok((operand, Keep::Tensor(shared)))
     }
 
+    fn check_class(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<()> {
+        if self.made(object) { Ok(()) } else { Err(foreign(role, object, "a torch.Tensor, like the query").into()) }
+    }
+
     /// Refuses what the exchange table would let pass: tensors whose memory does not say all about them.
-    fn check(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<()> {
+    pub(crate) fn check(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<()> {
         let py = object.py();
-        if !self.made(object) {
-            return Err(foreign(role, object, "a torch.Tensor, like the query").into());
+        self.check_class(role, object)?;
+        if !self.switches.all_off(py)? {
+            let message = "a mode of torch is on (autocast, a function transform, tracing): plan outside of it";
+            return Err(unsupported(message));
         }
-        if object.getattr(intern!(py, "requires_grad"))?.is_truthy()?
-            && self.is_grad_enabled.call0(py)?.is_truthy(py)?
-        {
+        if self.switches.requires_grad(object)? && self.switches.grad_enabled(py)? {
             return Err(unsupported(format!(
                 "{}: requires_grad; there is no backward yet: call under torch.no_grad(), or detach the tensor",
                 role.name
             )));
         }
-        if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+        if self.switches.is_neg(object)? {
             let accepted = "a tensor as it is in memory; call .resolve_neg() first";
             return Err(invalid(role.name, "a view with its sign to be flipped (negative bit)", accepted).into());
         }
         Ok(())
-    }
-
-    /// Refuses calls whose results would lack their tangents.
-    fn check_forward_mode(&self, py: Python<'_>) -> Result<()> {
-        match self.forward_ad.getattr(py, intern!(py, "_current_level"))?.extract::<i64>(py)? {
-            ..0 => Ok(()),
-            _ => Err(unsupported("forward-mode differentiation is not there yet: call outside of dual_level()")),
-        }
     }
 }
 
@@ -252,7 +288,7 @@ impl Numpy {
             return Err(foreign(role, object, "a numpy.ndarray, like the query").into());
         }
         let Ok(buffer) = PyUntypedBuffer::get(object) else {
-            return Err(bad_dtype(role, &object.getattr("dtype")?.to_string()).into());
+            return Err(bad_dtype(role, &object.getattr("dtype")?.to_string()));
         };
         let is_out = std::ptr::eq(role, &OUT);
         if is_out && buffer.readonly() {
@@ -262,7 +298,7 @@ impl Numpy {
             return self.read(role, &self.ascontiguousarray.bind(object.py()).call1((object,))?);
         }
         let Some(dtype) = dtype(buffer.format().to_bytes()) else {
-            return Err(bad_dtype(role, &object.getattr("dtype")?.to_string()).into());
+            return Err(bad_dtype(role, &object.getattr("dtype")?.to_string()));
         };
         let shape: Vec<i64> = buffer.shape().iter().map(|&size| size as i64).collect();
         let size = dtype.size() as isize;

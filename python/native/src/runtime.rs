@@ -8,8 +8,9 @@ use pyo3::prelude::*;
 use crate::call::Call;
 use crate::errors::{Result, invalid};
 use crate::info::{Bundle, DeviceInfo};
-use crate::library::{Keep, Library};
+use crate::library::{Keep, Library, Reader};
 use crate::request::{Prepared, Request};
+use crate::sdpa::Options;
 
 const MAX_DEVICES: usize = 64;
 
@@ -105,9 +106,11 @@ impl Runtime {
         return_lse: bool,
         out: Option<&Bound<'_, PyAny>>,
     ) -> Result<Plan> {
-        let request =
-            Request { query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, causal_align };
-        let Prepared { call, reader, out, lse } = request.prepare(true, out, return_lse)?;
+        let causal_align = crate::request::causal_align(causal_align)?;
+        let options = Options { dropout_p, is_causal, scale, enable_gqa, window, causal_align };
+        let request = Request { query, key, value, attn_mask, options };
+        let mut reader = Reader::checking(request.library()?, true);
+        let Prepared { call, out, lse } = request.prepare(&mut reader, out, return_lse)?;
         let (given, wanted) = (call.inputs.query.device, self.runtime.device());
         if given != wanted {
             let given = format!("a tensor on {given}");
@@ -156,12 +159,12 @@ pub(crate) struct Plan {
 impl Plan {
     /// Queues the call on the current stream.
     fn launch(&self, py: Python<'_>) -> Result<()> {
+        let stream = self.library.current_stream(py, self.runtime.device())?;
         #[expect(unsafe_code, reason = "memory that the plan shares")]
         // SAFETY: `keep` holds a share in every operand's memory. As for `attention`, the caller may not write to it
         // from another thread meanwhile.
-        unsafe {
-            self.call.run(py, &self.runtime, self.library.current_stream(py, self.runtime.device())?)
-        }
+        let work = || unsafe { self.call.run(&self.runtime, stream) };
+        if self.runtime.device() == Device::Cpu { py.detach(work) } else { work() }
     }
 
     fn __repr__(&self) -> String {

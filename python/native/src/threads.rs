@@ -29,20 +29,22 @@ fn forked() {
     POOL.store(std::ptr::null_mut(), Ordering::Relaxed);
 }
 
-/// The threads of this process; `None` is rayon's global pool. The GIL, which a fork holds too, orders the callers.
-pub(crate) fn pool(_py: Python<'_>) -> Result<Option<&'static ThreadPool>, Error> {
+/// The threads of this process; `None` is rayon's global pool.
+pub(crate) fn pool() -> Result<Option<&'static ThreadPool>, Error> {
     if !FORKED.load(Ordering::Relaxed) {
         return Ok(None);
     }
-    let mut pool = POOL.load(Ordering::Relaxed);
+    let mut pool = POOL.load(Ordering::Acquire);
     if pool.is_null() {
         let threads = rayon::ThreadPoolBuilder::new().build();
         let threads = threads.map_err(|error| invalid("threads", error, "a process that may start threads"))?;
-        pool = Box::into_raw(Box::new(threads));
-        POOL.store(pool, Ordering::Relaxed);
+        let ours = Box::into_raw(Box::new(threads));
+        // Where two threads come first, one pool is never used; it costs idle threads once in a child's life.
+        let placed = POOL.compare_exchange(std::ptr::null_mut(), ours, Ordering::AcqRel, Ordering::Acquire);
+        pool = placed.map_or_else(|other| other, |_| ours);
     }
     #[expect(unsafe_code, reason = "a pool that is never freed")]
-    // SAFETY: the pointer comes from the box above, in this process, and is never freed.
+    // SAFETY: the pointer comes from a box above, in this process, and is never freed.
     unsafe {
         Ok(pool.as_ref())
     }

@@ -79,6 +79,43 @@ impl CudaDriver {
         Ok(value.unsigned_abs())
     }
 
+    /// Encodes a descriptor; some context is current.
+    fn encode(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        const TYPE_FLOAT16: c_uint = 6;
+        const TYPE_BFLOAT16: c_uint = 9;
+        const L2_PROMOTION_128B: c_uint = 2;
+        let dtype = if spec.dtype == DType::BF16 { TYPE_BFLOAT16 } else { TYPE_FLOAT16 };
+        let swizzle = match spec.swizzle {
+            0 => 0,
+            32 => 1,
+            64 => 2,
+            _ => 3,
+        };
+        let mut map = TensorMap([0; 128]);
+        let element_strides = [1u32; 4];
+        // SAFETY: `map` is 128 bytes, 128-byte aligned; the four arrays have the rank's length (strides one less). The
+        // driver validates the values and does not dereference the address.
+        cu!(
+            self,
+            tensor_map_encode_tiled(
+                (&raw mut map).cast(),
+                dtype,
+                4,
+                spec.address as *mut c_void,
+                spec.dims.as_ptr(),
+                spec.strides.as_ptr(),
+                spec.box_dims.as_ptr(),
+                element_strides.as_ptr(),
+                0,
+                swizzle,
+                L2_PROMOTION_128B,
+                0,
+            ),
+            "cuTensorMapEncodeTiled"
+        )?;
+        Ok(map)
+    }
+
     /// Runs `body` with the thread's capture mode relaxed, so that loading a module is legal while some stream captures.
     fn with_relaxed_capture<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut mode = CAPTURE_MODE_RELAXED;
@@ -216,44 +253,15 @@ impl Driver for CudaDriver {
 
     fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap> {
         let _bound = self.bind(context)?;
-        const TYPE_FLOAT16: c_uint = 6;
-        const TYPE_BFLOAT16: c_uint = 9;
-        const L2_PROMOTION_128B: c_uint = 2;
-        let dtype = if spec.dtype == DType::BF16 { TYPE_BFLOAT16 } else { TYPE_FLOAT16 };
-        let swizzle = match spec.swizzle {
-            0 => 0,
-            32 => 1,
-            64 => 2,
-            _ => 3,
-        };
-        let mut map = TensorMap([0; 128]);
-        let element_strides = [1u32; 4];
-        // SAFETY: `map` is 128 bytes, 128-byte aligned; the four arrays have the rank's length (strides one less). The
-        // driver validates the values and does not dereference the address.
-        cu!(
-            self,
-            tensor_map_encode_tiled(
-                (&raw mut map).cast(),
-                dtype,
-                4,
-                spec.address as *mut c_void,
-                spec.dims.as_ptr(),
-                spec.strides.as_ptr(),
-                spec.box_dims.as_ptr(),
-                element_strides.as_ptr(),
-                0,
-                swizzle,
-                L2_PROMOTION_128B,
-                0,
-            ),
-            "cuTensorMapEncodeTiled"
-        )?;
-        Ok(map)
+        self.encode(spec)
     }
 
-    fn launch(&self, context: ContextHandle, request: &LaunchRequest<'_>) -> Result<()> {
+    fn launch(&self, context: ContextHandle, request: &mut LaunchRequest<'_>) -> Result<()> {
         let _bound = self.bind(context)?;
-        let params = request.params;
+        for (index, spec) in request.tensor_maps {
+            request.params.set(*index, &self.encode(spec)?.0);
+        }
+        let params = &*request.params;
         let base = params.as_ptr();
         let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_PARAMS];
         for (pointer, offset) in pointers.iter_mut().zip(params.offsets()) {

@@ -1,0 +1,1 @@
+"""The functions of other attention libraries, answered by FlashCore."""
