@@ -441,6 +441,104 @@ TABLES: dict[str, Table] = {
     "overhead-configurations": overhead_configurations,
     "overhead-graph": overhead_graph,
     "overhead-criterion": overhead_criterion,
+TRACE = "constant-trace.json"
+FINDINGS = {"control_flow": "T1", "address": "T2", "guard": "T3", "guarded_alu": "T4", "variable_latency": "T5"}
+
+
+def _audited(reports: Rows) -> list[object]:
+    counts = [report["counts"] for report in reports]
+    covered = [c["understood"] / c["instructions"] if c["instructions"] else 0.0 for c in counts]
+    return [
+        len(reports),
+        sum(report["verdict"] == "pass" for report in reports),
+        sum(count["instructions"] for count in counts),
+        f"{100 * min(covered):.0f} %",
+        sum(count["conditional_control_flow"] for count in counts),
+        f"{sum(c['shared_assumed'] for c in counts)} of {sum(c['shared_accesses'] for c in counts)}",
+        *(sum(report["found"].get(kind, 0) for report in reports) for kind in FINDINGS),
+    ]
+
+
+@of(TRACE)
+def trace(document: dict[str, Any]) -> str:
+    reports = rows(document, "cubin")
+    header = ["code", "cubins", "pass", "instructions", "coverage", "public control flow", "shared, assumed"]
+    arches = sorted({report["arch"] for report in reports})
+    body = [[arch, *_audited([r for r in reports if r["arch"] == arch])] for arch in arches]
+    tools = document["env"]["tools"]
+    tail = f"\n\nAll in {tools['seconds']} s on {document['env']['cores']} cores; nvdisasm {tools['nvdisasm']}"
+    tail += f", ptxas {tools['ptxas']}."
+    return markdown([*header, *FINDINGS.values()], [*body, ["**all**", *_audited(reports)]]) + tail
+
+
+@of(TRACE)
+def plants(document: dict[str, Any]) -> str | None:
+    header = ["set", "host", "leaks", "caught", "twins", "flagged"]
+    body: list[list[object]] = []
+    for kind in ("corpus", "mutation"):
+        found = rows(document, kind)
+        for host in sorted({row["host"] for row in found}):
+            mine = [row for row in found if row["host"] == host]
+            body.append([kind, host, *(sum(row[n] for row in mine) for n in ("leaks", "caught", "twins", "flagged"))])
+    return markdown(header, body) if body else None
+
+
+@of(TRACE)
+def peers(document: dict[str, Any]) -> str | None:
+    found = rows(document, "peer")
+    header = ["cubin", "verdict", "instructions", *FINDINGS.values(), "reason"]
+    body = [
+        [
+            row["name"],
+            row["verdict"],
+            row["instructions"] or "-",
+            *(row["found"].get(kind, 0) if row["instructions"] else "-" for kind in FINDINGS),
+            row["reason"] or "",
+        ]
+        for row in found
+    ]
+    return markdown(header, body) + f"\n\n{found[0]['source']}" if found else None
+
+
+@of("h200/ct-time.json")
+def ct_time(document: dict[str, Any]) -> str:
+    header = [
+        "kernel",
+        "regime",
+        "case",
+        "inputs",
+        "reference us",
+        "us",
+        "difference",
+        "margin",
+        "test",
+        "detected",
+        "false alarms",
+    ]
+    body = [
+        [
+            row["subject"],
+            row["regime"],
+            row["case"],
+            row["class"],
+            f"{row['us'][0]['median']:.3f}",
+            f"{row['us'][1]['median']:.3f}",
+            f"{max(map(abs, row['test']['deciles'])):.4f} +- {row['test']['band']:.4f}",
+            f"{row['test']['margin']:.4f}",
+            row["test"]["outcome"],
+            f"{row['detection_rate']:.2f}",
+            f"{row['false_alarm_rate']:.2f}",
+        ]
+        for row in document["rows"]
+    ]
+    return markdown(header, body)
+
+
+TABLES: dict[str, Table] = {
+    "constant-trace": trace,
+    "constant-trace-plants": plants,
+    "constant-trace-peers": peers,
+    "ct-time": ct_time,
     **{
         f"forward-{name}": forward(name, "tflops")
         for name in ("forward", "heads", "gqa", "window", "ragged", "head_dims")

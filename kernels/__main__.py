@@ -124,7 +124,7 @@ def audited(wanted: dict[str, list[Spec]], members: Members) -> tuple[Members, l
 def reaudit(args: argparse.Namespace) -> int:
     """Audit the committed bundles, and prove that their manifests say what the audit says."""
     started = time.monotonic()
-    reports, tools = audit.run([bundle_path(arch) for arch in args.arch], *audit_options(args))
+    reports, tools = audit.run([bundle_path(arch) for arch in args.arch])
     problems = [audit.complaint(report) for report in reports if report["verdict"] != "pass"]
     verdicts = {report["sha256"]: audit.entry(report, tools) for report in reports}
     for arch in args.arch:
@@ -135,13 +135,13 @@ def reaudit(args: argparse.Namespace) -> int:
                     problems.append(
                         f"{arch} {variant['name']}: the manifest has {launch['audit']}, not what the audit says"
                     )
+    seconds = round(time.monotonic() - started)
     print("\n".join(problems) if problems else f"{len(reports)} cubins audited, all pass", end="")
-    print(f" (nvdisasm {tools['nvdisasm']}, {time.monotonic() - started:.0f} s)")
+    print(f" (nvdisasm {tools['nvdisasm']}, {seconds} s)")
+    if args.json:
+        rows = reports + [row for file in args.rows for row in json.loads(file.read_text())]
+        args.json.write_text(json.dumps(audit.evidence(rows, tools | {"seconds": seconds}), indent=1) + "\n")
     return 1 if problems else 0
-
-
-def audit_options(args: argparse.Namespace) -> list[str]:
-    return ["--markdown", str(args.markdown)] if args.markdown else []
 
 
 def _pack(arch: str, variants: Iterable[tuple[Spec, list[Member]]]) -> bytes:
@@ -292,7 +292,8 @@ def main() -> int:
         if name == "build":
             command.add_argument("--only", choices=specs.FAMILIES, help="leave the other kernel families out")
         if name == "audit":
-            command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
+            command.add_argument("--json", type=Path, metavar="FILE", help="write the evidence")
+            command.add_argument("--rows", type=Path, nargs="+", default=[], metavar="FILE", help="rows to add to it")
         if name == "list":
             command.add_argument("--json", action="store_true")
         if name == "check":

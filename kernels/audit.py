@@ -72,3 +72,11 @@ def entry(report: Report, tools: dict[str, Any]) -> dict[str, Any]:
     """What the manifest keeps of a pass."""
     verdict = "pass_as_assembled" if report["assembled"] else "pass"
     return {"verdict": verdict, "auditor": tools["rules"], "disassembler": tools["nvdisasm"]}
+
+
+def evidence(rows: list[Report], tools: dict[str, Any]) -> dict[str, Any]:
+    """A file of `evidence/`."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {"gpu": None, "tools": tools, "cores": os.cpu_count()}
+    header = {"schema": "flashcore.evidence/1", "topic": "constant-trace", "commit": commit.stdout.strip()}
+    return header | {"env": env, "rows": rows}

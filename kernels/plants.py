@@ -102,9 +102,9 @@ class Text:
         self.do(f"st.volatile.global.b32 [{address}], {value}")
         self.do(f"st.volatile.global.b32 [{address}+8192], {self.marker:#x}")
 
-    def bit(self, value: str) -> str:
-        """A predicate that depends on the value."""
-        mask = 1 << self.rng.randrange(8)
+    def bit(self, value: str, number: int | None = None) -> str:
+        """A predicate that depends on the value: one of its low bits."""
+        mask = 1 << (self.rng.randrange(8) if number is None else number)
         return self.op(f"setp.ne.u32 {{}}, {self.op(f'and.b32 {{}}, {value}, {mask}')}, 0", "pred")
 
     def pointer(self, value: str, parameter: int) -> str:
@@ -143,7 +143,9 @@ def _exponential(t: Text, v: str) -> str:
 
 
 def _launder(t: Text, v: str) -> str:
-    p, q = t.bit(v), t.bit(v)
+    # Of two bits: one with itself would be a constant.
+    first, second = t.rng.sample(range(8), 2)
+    p, q = t.bit(v, first), t.bit(v, second)
     p = t.op(f"xor.pred {{}}, {p}, {t.op(f'not.pred {{}}, {q}', 'pred')}", "pred")
     return t.op(f"selp.b32 {{}}, {t.rng.randrange(1, 1 << 30)}, {v}, {p}")
 

@@ -128,8 +128,10 @@ impl Range {
     }
 }
 
-/// The values at one point of the code.
+/// The values at one point of the code: of the registers, then of the words of the stack.
 type State = Vec<Range>;
+/// Words of the stack that are followed, below the stack pointer at entry.
+const SLOTS: i64 = 128;
 
 /// For each instruction that has an address of shared or local memory, the values that address can have.
 pub fn addresses(section: &Section, flow: &Flow, threads: u32) -> Vec<Option<Range>> {
@@ -151,7 +153,7 @@ fn fixpoint(section: &Section, flow: &Flow, threads: u32) -> Vec<Option<State>> 
     let mut visits = vec![0u32; flow.blocks.len()];
     let mut work = BTreeSet::new();
     if let Some(first) = entries.first_mut() {
-        *first = Some(vec![Range::ANY; COUNT]);
+        *first = Some(vec![Range::ANY; COUNT + SLOTS as usize]);
         work.insert(0);
     }
     while let Some(block) = work.pop_first() {
@@ -184,6 +186,9 @@ fn merge(entry: &mut Option<State>, state: &State, widen: bool) -> bool {
 }
 
 fn step(instruction: &Instruction, state: &mut State, threads: u32) {
+    if instruction.opcode.name == "STL" {
+        spill(instruction, state);
+    }
     let effect = Effect::of(instruction);
     let value = evaluate(instruction, state, threads);
     let mut results = effect.results.iter().filter(|&bit| bit < 384);
@@ -220,9 +225,32 @@ fn evaluate(instruction: &Instruction, state: &State, threads: u32) -> Range {
         "LOP3" | "ULOP3" => logic([value(0), value(1), value(2)], operands.get(3).copied()),
         "SGXT" | "USGXT" if has("U32") => zero_extend(value(0), value(1)),
         "SEL" | "USEL" | "IMNMX" | "VIMNMX" | "UVIMNMX" | "UIMNMX" => value(0).join(value(1)),
+        "LDL" if instruction.modifiers.is_empty() => {
+            address_of(instruction, state).and_then(slot).map_or(Range::ANY, |slot| state[slot])
+        }
         "LDS" if has("U8") => Range::between(0, 0xff),
         "LDS" if has("U16") => Range::between(0, 0xffff),
         _ => Range::ANY,
+    }
+}
+
+/// The word of the stack at an address, if it is one that is followed.
+fn slot(address: Range) -> Option<usize> {
+    let words = -address.low / 4;
+    let exact = address.base == Base::Stack && address.low == address.high && address.low % 4 == 0;
+    (exact && (1..=SLOTS).contains(&words)).then(|| COUNT + words as usize - 1)
+}
+
+/// Follows a store to the stack: of one word to a known place, or of something that may be anywhere.
+fn spill(instruction: &Instruction, state: &mut State) {
+    let place = address_of(instruction, state).and_then(slot).filter(|_| instruction.modifiers.is_empty());
+    let value = match instruction.operands.last() {
+        Some(operand) if instruction.guard.is_none() => read(operand, state),
+        _ => Range::ANY,
+    };
+    match place {
+        Some(slot) => state[slot] = value,
+        None => state[COUNT..].fill(Range::ANY),
     }
 }
 
@@ -371,5 +399,13 @@ mod tests {
         let range = last(&["LDC R1, c[0x0][0x28]", "VIADD R1, R1, 0xffffffe0", "STL [R1+0x8], R9"]);
         assert_eq!(range, Range { base: Base::Stack, low: -24, high: -24 });
         assert_eq!(last(&["LDG.E R1, [R2.64]", "STS [R1], R9"]), Range::ANY);
+        let spilled = |between: &str| {
+            let stack = ["LDC R1, c[0x0][0x28]", "VIADD R1, R1, 0xffffffe0", "S2R R0, SR_TID.X", "STL [R1+0x8], R0"];
+            let code = [&stack[..], &[between, "LDL R5, [R1+0x8]", "STS [R5], R9"]].concat();
+            (last(&code).low, last(&code).high)
+        };
+        assert_eq!(spilled("STL [R1+0xc], R7"), (0, 127));
+        assert_eq!(spilled("STL [R1+0x8], R7"), (Range::ANY.low, Range::ANY.high));
+        assert_eq!(spilled("STL.64 [R1+0x4], R6"), (Range::ANY.low, Range::ANY.high));
     }
 }
