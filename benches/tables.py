@@ -436,11 +436,6 @@ def overhead_criterion(document: dict[str, Any]) -> str | None:
     )
 
 
-TABLES: dict[str, Table] = {
-    "overhead-paths": overhead_paths,
-    "overhead-configurations": overhead_configurations,
-    "overhead-graph": overhead_graph,
-    "overhead-criterion": overhead_criterion,
 TRACE = "constant-trace.json"
 FINDINGS = {"control_flow": "T1", "address": "T2", "guard": "T3", "guarded_alu": "T4", "variable_latency": "T5"}
 
@@ -535,6 +530,10 @@ def ct_time(document: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Table] = {
+    "overhead-paths": overhead_paths,
+    "overhead-configurations": overhead_configurations,
+    "overhead-graph": overhead_graph,
+    "overhead-criterion": overhead_criterion,
     "constant-trace": trace,
     "constant-trace-plants": plants,
     "constant-trace-peers": peers,
