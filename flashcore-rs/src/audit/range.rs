@@ -241,15 +241,18 @@ fn slot(address: Range) -> Option<usize> {
     (exact && (1..=SLOTS).contains(&words)).then(|| COUNT + words as usize - 1)
 }
 
-/// Follows a store to the stack: of one word to a known place, or of something that may be anywhere.
+/// Follows a store to the stack: of one word to a known place, of several, or of something that may be anywhere.
 fn spill(instruction: &Instruction, state: &mut State) {
-    let place = address_of(instruction, state).and_then(slot).filter(|_| instruction.modifiers.is_empty());
+    let words =
+        [("128", 4), ("96", 3), ("64", 2)].into_iter().find(|(bits, _)| instruction.has(bits)).map_or(1, |w| w.1);
     let value = match instruction.operands.last() {
-        Some(operand) if instruction.guard.is_none() => read(operand, state),
+        Some(operand) if instruction.guard.is_none() && instruction.modifiers.is_empty() => read(operand, state),
         _ => Range::ANY,
     };
-    match place {
-        Some(slot) => state[slot] = value,
+    match address_of(instruction, state).and_then(slot).filter(|slot| slot + 1 >= COUNT + words) {
+        Some(slot) if words == 1 => state[slot] = value,
+        // Higher addresses come first.
+        Some(slot) => state[slot + 1 - words..=slot].fill(Range::ANY),
         None => state[COUNT..].fill(Range::ANY),
     }
 }
@@ -406,6 +409,8 @@ mod tests {
         };
         assert_eq!(spilled("STL [R1+0xc], R7"), (0, 127));
         assert_eq!(spilled("STL [R1+0x8], R7"), (Range::ANY.low, Range::ANY.high));
+        assert_eq!(spilled("STL.64 [R1+0xc], R6"), (0, 127));
+        assert_eq!(spilled("STL [R9], R6"), (Range::ANY.low, Range::ANY.high));
         assert_eq!(spilled("STL.64 [R1+0x4], R6"), (Range::ANY.low, Range::ANY.high));
     }
 }
