@@ -364,7 +364,23 @@ def test_export(device: str) -> None:
     assert torch.equal(program.module()(*longer), model(*longer))
 
 
+class Torchs(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sdpa(query, key, value)
+
+
+def loads_packages(device: str, folder: Path) -> bool:
+    """Whether this installation of torch can load what it has packed, without FlashCore: some crash."""
+    module = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
+    inputs = tuple(drawn((2, 3, 6, 16), (device, torch.float16), i) for i in range(3))
+    program = torch.export.export(Torchs(), inputs)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "torch.pt2"))
+    return subprocess.run([sys.executable, "-c", module, package], capture_output=True, check=False).returncode == 0
+
+
 def test_aot_inductor(device: str, tmp_path: Path) -> None:
+    if not loads_packages(device, tmp_path):
+        pytest.skip("this torch crashes when it loads a package of its own SDPA")
     program, inputs = exported(device)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     found = torch._inductor.aoti_load_package(package)(*inputs)

@@ -87,11 +87,11 @@ pub struct Row {
 /// The problems of the shipped kernels.
 pub fn shipped(quick: bool) -> Vec<(Case, Regime, usize)> {
     let case = |heads: usize, seq_len: usize, dim: usize| Case::new("ct_time", [heads, heads], [seq_len, seq_len], dim);
-    let (few, many) = if quick { (20, 10) } else { (400, 60) };
+    let (few, many) = if quick { (20, 10) } else { (400, 40) };
     vec![
         (case(8, 512, 64), Regime::LatencyBound, few),
         (case(8, 512, 128), Regime::LatencyBound, few),
-        (case(64, 4096, 128), Regime::PowerLimited, many),
+        (case(16, 4096, 128), Regime::PowerLimited, many),
     ]
 }
 
