@@ -495,7 +495,7 @@ def peers(document: dict[str, Any]) -> str | None:
     return markdown(header, body) + f"\n\n{found[0]['source']}" if found else None
 
 
-@of("h200/ct-time.json")
+@of("h100/ct-time.json")
 def ct_time(document: dict[str, Any]) -> str:
     header = [
         "kernel",
