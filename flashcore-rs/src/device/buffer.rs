@@ -1,5 +1,6 @@
 //! Device memory that knows its stream.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
@@ -11,7 +12,8 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 
 /// Device memory, allocated and freed in the order of its home stream. Dropping it never waits, and never frees memory
-/// that queued work still uses.
+/// that queued work still uses. If a call fails so badly that neither a stream nor the host can wait for its work, its
+/// buffers are lost: every later use is an [`Error::InvalidArgument`], and the memory is never freed.
 #[derive(Debug)]
 pub struct DeviceBuffer {
     inner: Arc<BufferInner>,
@@ -21,9 +23,10 @@ pub struct DeviceBuffer {
 pub(crate) struct BufferInner {
     home: Stream,
     memory: Memory,
+    /// Whether the home stream is ordered after every use there has been: no longer, if the last join of one failed.
     /// Held from the first join to the last of one piece of work. Borrows alone do not order threads here: a graph
     /// writes to buffers that it shares.
-    enqueue: Mutex<()>,
+    ordered: Mutex<bool>,
 }
 
 /// An allocation.
@@ -52,16 +55,24 @@ impl Memory {
 
 impl Drop for BufferInner {
     fn drop(&mut self) {
-        if self.memory.bytes > 0 {
+        // Nobody can say when work out of order ends, so its memory is never given back.
+        let ordered = *self.ordered.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if ordered && self.memory.bytes > 0 {
             self.home.free(self.memory);
         }
     }
 }
 
 impl BufferInner {
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.enqueue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.ordered.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Refuses memory that work may still use, with nothing to wait for it by.
+fn refuse_lost(ordered: bool) -> Result<()> {
+    const GIVEN: &str = "memory that may still be in use, by a call whose streams could not be joined";
+    if ordered { Ok(()) } else { Err(Error::invalid("buffer", GIVEN, "another buffer; this one is lost")) }
 }
 
 /// What becomes of work on a stream that is being captured.
@@ -101,7 +112,8 @@ pub(crate) fn enqueue(
     // Address order, each once: two threads with the same buffers cannot deadlock.
     buffers.sort_unstable_by_key(|buffer| Arc::as_ptr(buffer).addr());
     buffers.dedup_by(|a, b| Arc::ptr_eq(a, b));
-    let _turns: Few<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
+    let mut turns: Few<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
+    turns.iter().try_for_each(|ordered| refuse_lost(**ordered))?;
     let homes = buffers.iter().map(|buffer| &buffer.home).chain(lenders);
     let mut streams: Few<&Stream> = homes.chain([stream]).collect();
     let holds = hold_all(&mut streams);
@@ -116,19 +128,32 @@ pub(crate) fn enqueue(
         }
     }
     holds.iter().try_for_each(|hold| hold.refuse_capture("buffer"))?;
-    streams.iter().try_for_each(|home| stream.follow(home))?;
-    let worked = work();
-    // Also after a failure: part of the work may be on its way.
-    let joined = streams.iter().try_for_each(|home| home.follow(stream)).or_else(|error| {
-        log::warn!("waiting on the host, because streams could not be joined: {error}");
-        let context = stream.context();
-        context.driver.synchronize(context.handle, stream.handle())
-    });
-    if joined.is_err() {
-        // Nobody can say when the work ends, so its memory is never given back.
-        buffers.iter().for_each(|buffer| std::mem::forget(Arc::clone(buffer)));
+    if streams.iter().all(|home| home.is(stream)) {
+        // All at home here, and so in order whatever becomes of the work.
+        return work();
     }
-    worked.and(joined)
+    streams.iter().try_for_each(|home| stream.follow(home))?;
+    // Set back only by the last join, so that whatever ends this early leaves the memory unused, and never freed.
+    turns.iter_mut().for_each(|ordered| **ordered = false);
+    let worked = catch_unwind(AssertUnwindSafe(work));
+    // Also after a failure or a panic: part of the work may be on its way.
+    let joined = join(&streams, stream);
+    if joined.is_ok() {
+        turns.iter_mut().for_each(|ordered| **ordered = true);
+    }
+    worked.unwrap_or_else(|panic| resume_unwind(panic)).and(joined)
+}
+
+/// Makes what follows on `homes` follow the work on `stream`.
+fn join(homes: &[&Stream], stream: &Stream) -> Result<()> {
+    let Err(error) = homes.iter().try_for_each(|home| home.follow(stream)) else { return Ok(()) };
+    let context = stream.context();
+    let waited = context.driver.synchronize(context.handle, stream.handle());
+    match &waited {
+        Ok(()) => log::warn!("waited on the host, because streams could not be joined: {error}"),
+        Err(_) => log::error!("buffers are lost, because neither streams nor the host could wait: {error}"),
+    }
+    waited
 }
 
 impl DeviceBuffer {
@@ -145,7 +170,7 @@ impl DeviceBuffer {
             _ => context.driver.alloc(context.handle, bytes, stream.handle())?,
         };
         let memory = Memory { address, bytes, zero: false };
-        Ok(Self { inner: Arc::new(BufferInner { home: stream.clone(), memory, enqueue: Mutex::new(()) }) })
+        Ok(Self { inner: Arc::new(BufferInner { home: stream.clone(), memory, ordered: Mutex::new(true) }) })
     }
 
     /// Memory filled with one byte value.
@@ -207,7 +232,8 @@ impl DeviceBuffer {
     /// Queues work on the home stream, unless there is nothing in the buffer.
     fn queue(&self, what: &'static str, work: impl FnOnce(&DeviceContext, StreamHandle) -> Result<()>) -> Result<()> {
         let home = self.home();
-        let _turn = self.inner.lock();
+        let turn = self.inner.lock();
+        refuse_lost(*turn)?;
         let hold = home.hold();
         hold.refuse_capture(what)?;
         if self.is_empty() { Ok(()) } else { work(home.context(), home.handle()) }
@@ -266,4 +292,46 @@ fn as_bytes<T: Element>(data: &[T]) -> &[u8] {
 fn as_bytes_mut<T: Element>(data: &mut [T]) -> &mut [u8] {
     // SAFETY: as `as_bytes`, and every bit pattern is a valid value of every `Element`.
     unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), size_of_val(data)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::mock::{Entry, MockDriver};
+
+    /// Work on another stream than the buffer's home, which panics once it has begun.
+    fn panics_midway(buffer: &DeviceBuffer, stream: &Stream) {
+        let context = stream.context();
+        let work = || {
+            context.driver.memset(context.handle, buffer.address(), 1, buffer.len(), stream.handle())?;
+            resume_unwind(Box::new("a panic that a test wants"))
+        };
+        let enqueue = || enqueue(stream, &mut Few::from_slice(&[buffer.inner()]), &[], Captured::Allowed, work);
+        let panic = catch_unwind(AssertUnwindSafe(enqueue)).expect_err("a panic");
+        assert_eq!(panic.downcast_ref(), Some(&"a panic that a test wants"));
+    }
+
+    #[test]
+    fn work_that_panics_is_joined() -> Result<()> {
+        let driver = Arc::new(MockDriver::default());
+        let context = DeviceContext::new(driver.clone(), 0)?;
+        let (home, side) = (Stream::create(context.clone())?, Stream::create(context)?);
+
+        let joined = DeviceBuffer::filled(&home, 64, 0)?;
+        panics_midway(&joined, &side);
+        assert_eq!(joined.to_vec::<u8>()?, [1; 64]);
+        drop(joined);
+        assert_eq!(driver.live().0, 0);
+
+        let lost = DeviceBuffer::filled(&home, 64, 0)?;
+        // The second event is the one that would make the home stream wait for the work.
+        driver.fail(Entry::CreateEvent, 1, 999);
+        driver.fail(Entry::Synchronize, 0, 999);
+        panics_midway(&lost, &side);
+        assert!(matches!(lost.to_vec::<u8>(), Err(Error::InvalidArgument { argument: "buffer", .. })));
+        drop(lost);
+        assert_eq!(driver.live().0, 1);
+        assert_eq!(driver.violations(), Vec::<String>::new());
+        Ok(())
+    }
 }

@@ -3,8 +3,9 @@
 //! One rule makes it sound. A buffer has a *home* stream: it is allocated and freed there. Work on another stream that
 //! touches the buffer first waits for the home stream, and afterwards, even if it failed half-way, the home stream waits
 //! for that work. So the home stream is always ordered after every use, a free on it comes after all of them, and a host
-//! read through it sees them. Concurrent readers on different streams are serialised by this rule; give them copies, or
-//! foreign views ([`crate::TensorView::from_raw`]) and order them yourself, where that matters.
+//! read through it sees them. A buffer for which the driver refuses every way to wait is never used or freed again.
+//! Concurrent readers on different streams are serialised by this rule; give them copies, or foreign views
+//! ([`crate::TensorView::from_raw`]) and order them yourself, where that matters.
 //!
 //! A capture is one stream's work and stands outside this order until its graph is launched, which follows the rule. So
 //! while a stream is captured nothing waits for it, it waits for nothing, memory at home there is freed afterwards, and

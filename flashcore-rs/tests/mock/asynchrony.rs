@@ -122,3 +122,44 @@ fn memory_is_leaked_when_nobody_can_say_that_it_is_free() -> flashcore::Result<(
     assert_sound(&driver);
     Ok(())
 }
+
+#[test]
+fn memory_that_may_still_be_in_use_is_refused() -> flashcore::Result<()> {
+    let (driver, runtime) = mock();
+    let work = Workload::new([1, 1, 3, 8], 1)?;
+    let (home, side, another) = (runtime.stream()?, runtime.new_stream()?, runtime.new_stream()?);
+    let inputs = work.upload([home, home, home])?;
+    let mut out = work.output(home)?;
+    let graph = another.capture(|| work.run(&runtime, &another, &inputs, &mut out))?;
+    // The second event is the one that would make the home stream wait for the kernel.
+    driver.fail(Entry::CreateEvent, 1, 999);
+    driver.fail(Entry::Synchronize, 0, 999);
+    let failed = work.run(&runtime, &side, &inputs, &mut out);
+    assert!(matches!(failed, Err(Error::Driver { code: 999, .. })), "{failed:?}");
+
+    let calls = driver.log().len();
+    let refused = |what: &str, result: flashcore::Result<()>| match result {
+        Err(Error::InvalidArgument { argument: "buffer", given, .. }) => assert!(given.contains("in use"), "{given}"),
+        other => panic!("{what}: {other:?}"),
+    };
+    for stream in [home, &side, &another] {
+        refused("a call", work.run(&runtime, stream, &inputs, &mut out));
+        refused("a graph", graph.launch(stream));
+    }
+    refused("a download", out.to_vec::<half::f16>().map(drop));
+    refused("a capture", another.capture(|| work.run(&runtime, &another, &inputs, &mut out)).map(drop));
+    assert_eq!(driver.log()[calls..], [Entry::BeginCapture, Entry::EndCapture, Entry::DestroyGraph]);
+
+    // Others have their order still.
+    let others = work.upload([home, &side, home])?;
+    let mut other_out = work.output(home)?;
+    work.run(&runtime, &side, &others, &mut other_out)?;
+    work.assert_in(&other_out);
+    refused("one of many", work.run(&runtime, &side, &inputs, &mut other_out));
+    work.assert_in(&other_out);
+
+    drop((graph, inputs, out, others, other_out));
+    assert_eq!(driver.live().0, 4);
+    assert_sound(&driver);
+    Ok(())
+}
