@@ -220,8 +220,8 @@ impl Runtime {
     ///
     /// # Safety
     /// The stream belongs to this runtime's device's primary context, and is alive whenever a clone of the returned value
-    /// is used and as long as there is a buffer whose home it is. Nobody begins or ends a capture of it on one thread while another uses the
-    /// returned value.
+    /// is used and as long as there is a buffer whose home it is. Nobody begins or ends a capture of it on one thread
+    /// while another uses the returned value.
     #[expect(unsafe_code, reason = "a handle that only the caller can vouch for")]
     pub unsafe fn foreign_stream(&self, raw: u64) -> Result<Stream> {
         Stream::foreign(self.context()?.clone(), StreamHandle(raw), None)
