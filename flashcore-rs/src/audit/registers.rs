@@ -56,6 +56,14 @@ impl RegisterSet {
         self.0[usize::from(bit) / 64] |= 1 << (bit % 64);
     }
 
+    /// Those that all threads of a warp have in common.
+    pub fn uniform(&self) -> Self {
+        let mut uniform = Self::default();
+        let common = |bit: &Bit| matches!(bit, 256..384 | 392..400);
+        self.iter().filter(common).for_each(|bit| uniform.insert(bit));
+        uniform
+    }
+
     /// Whether it has this register.
     pub fn contains(&self, bit: Bit) -> bool {
         self.0[usize::from(bit) / 64] >> (bit % 64) & 1 == 1

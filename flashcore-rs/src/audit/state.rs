@@ -26,6 +26,11 @@ impl Literal {
     pub fn not(self) -> Self {
         Self { holds: !self.holds, ..self }
     }
+
+    /// Whether it may differ between the threads of a warp.
+    fn is_of_a_thread(self) -> bool {
+        FIRST + (self.predicate as Bit) < bit(File::UniformPredicate, 0)
+    }
 }
 
 const FIRST: Bit = 384;
@@ -147,13 +152,17 @@ impl State {
         let found = self.found(truth);
         self.keep(results, guard, truth);
         for predicate in (0..PREDICATES).filter(|&p| results.contains(FIRST + p as Bit)) {
-            self.define(predicate, truth, found);
+            self.define(predicate, guard, truth, found);
         }
     }
 
     fn taint(&mut self, results: &RegisterSet, guard: Option<Literal>) {
-        // Where the guard does not hold the registers stay as they were.
-        let untouched = guard.map(|guard| (guard.not(), self.under(Some(guard.not()))));
+        // Where the guard does not hold the registers stay as they were, but for those that a warp has in common: there
+        // it may hold for another thread.
+        let untouched = guard.map(|guard| {
+            let common = if guard.is_of_a_thread() { results.uniform() } else { RegisterSet::default() };
+            (guard.not(), self.under(Some(guard.not())).or(&common))
+        });
         self.all = self.all.or(results);
         self.every_case(|set| *set = set.or(results));
         if let Some((literal, before)) = untouched {
@@ -202,7 +211,13 @@ impl State {
     }
 
     /// A predicate gets a new value: what it was says nothing about what it is now, unless that is known from elsewhere.
-    fn define(&mut self, predicate: usize, truth: Option<Truth>, found: Option<[RegisterSet; 2]>) {
+    fn define(
+        &mut self,
+        predicate: usize,
+        guard: Option<Literal>,
+        truth: Option<Truth>,
+        found: Option<[RegisterSet; 2]>,
+    ) {
         let is_it = |to: Bit| to == FIRST + predicate as Bit;
         let vote = match truth {
             Some(Truth::Vote { to, any }) if is_it(to) => Some(any),
@@ -217,7 +232,13 @@ impl State {
                 kept.now = Now::Past;
             }
         }
-        self.when[predicate] = tested.or(same.map(|same| self.when[same])).unwrap_or([self.all; 2]);
+        let mut unknown = [self.all; 2];
+        if let Some(guard) = guard.filter(|&guard| about_it(guard)) {
+            // Written under itself: where the guard holds now it held before, else the predicate would be as it was.
+            let case = usize::from(guard.holds);
+            unknown[case] = self.when[predicate][case];
+        }
+        self.when[predicate] = tested.or(same.map(|same| self.when[same])).unwrap_or(unknown);
         self.votes[predicate] = vote;
     }
 
@@ -303,6 +324,35 @@ mod tests {
         state.write(&set(&[4]), u32::MAX, p(1, true), None);
         assert_eq!(state.under(p(1, false)), set(&[]));
         assert_eq!(state.under(None), set(&[4]));
+    }
+
+    #[test]
+    fn a_predicate_that_is_written_under_itself_tells_what_it_told() {
+        let after = |guard, written| {
+            let mut state = State::default();
+            state.write(&set(&[4]), u32::MAX, None, None);
+            state.write(&set(&[4]), 0, p(1, written), None);
+            state.write(&set(&[FIRST + 1]), 0, guard, None);
+            (state.under(p(1, true)), state.under(p(1, false)))
+        };
+        assert_eq!(after(p(1, true), true), (set(&[]), set(&[4])));
+        assert_eq!(after(p(1, false), false), (set(&[4]), set(&[])));
+        // What was known of the other case, or is written under another guard or none, is lost.
+        for (guard, written) in [(p(1, true), false), (p(1, false), true), (p(2, true), true), (None, true)] {
+            assert_eq!(after(guard, written), (set(&[4]), set(&[4])));
+        }
+    }
+
+    #[test]
+    fn a_warp_has_uniform_registers_in_common() {
+        let uniform = bit(File::Uniform, 8);
+        let mut state = State::default();
+        state.write(&set(&[4, uniform]), u32::MAX, p(1, true), None);
+        assert_eq!(state.under(p(1, false)), set(&[uniform]));
+        state.write(&set(&[uniform]), 0, None, None);
+        let guard = Literal::new(File::UniformPredicate, 1, true);
+        state.write(&set(&[uniform]), u32::MAX, Some(guard), None);
+        assert_eq!(state.under(Some(guard.not())), set(&[4]));
     }
 
     #[test]

@@ -165,6 +165,9 @@ fn decision(branch: &Instruction, follower: usize) -> Option<Literal> {
     let guard = literal(branch).filter(|_| branch.opcode.class == Class::Branch && branch.operands.is_empty())?;
     let next = branch.address as usize / super::opcodes::SIZE + 1;
     match (branch.targets.contains(&follower), follower == next) {
+        // One that a warp takes as a whole, if the guard holds for any or for all: the other threads go along.
+        (true, false) if branch.has("ANY") => None,
+        (false, true) if branch.has("ALL") => None,
         (true, false) => Some(guard),
         (false, true) => Some(guard.not()),
         _ => None,

@@ -123,6 +123,44 @@ fn a_spill_keeps_its_slot() {
     assert_eq!((with("LDL R7, [R1]"), with("LDL R7, [R1+0x4]"), with("LDL R7, [R9]")), (1, 0, 1));
 }
 
+/// A warp goes through its threads' values one by one: a register is read where it was written, under a predicate that
+/// loses threads from one turn to the next.
+#[test]
+fn a_loop_over_the_threads_of_a_warp() {
+    let with = |next: &'static str, behind: &'static str| {
+        let lines = [
+            "LDG.E R5, [R2.64]",
+            "@P6 MOV R5, 0x40",
+            "VOTEU.ANY UP0, P6",
+            ".loop: PLOP3.LUT P0, PT, P0, P6, PT, 0xa2, 0x0",
+            "@P6 R2UR P0, UR8, R5",
+            next,
+            "@UP0 UTMASTG.4D [UR8], [UR4]",
+            "@P6 BRA.U.ANY `(.loop)",
+            behind,
+            "EXIT",
+        ];
+        found(90, 0, &lines).len()
+    };
+    let fewer = "@P6 PLOP3.LUT P6, PT, P0, PT, PT, 0x80, 0x0";
+    assert_eq!(with(fewer, "NOP"), 0);
+    // Others may come in, or the register is read by all.
+    assert!(with("PLOP3.LUT P6, PT, P0, PT, PT, 0x80, 0x0", "NOP") > 0);
+    assert!(with("@!P6 PLOP3.LUT P6, PT, P0, PT, PT, 0x80, 0x0", "NOP") > 0);
+    assert_eq!(with(fewer, "LDS R7, [R5]"), 1);
+    assert_eq!(with(fewer, "@!P6 LDS R7, [R5]"), 1);
+}
+
+/// Those threads that the guard does not hold for take the branch along with those that it holds for.
+#[test]
+fn a_branch_that_a_warp_takes_as_a_whole_tells_nothing_of_a_thread() {
+    let with = |branch: &'static str| {
+        let lines = ["LDG.E R5, [R2.64]", "@P1 MOV R5, 0x40", branch, "EXIT", ".on: LDS R7, [R5]", "EXIT"];
+        found(90, 0, &lines).len()
+    };
+    assert_eq!((with("@P1 BRA `(.on)"), with("@P1 BRA.U.ANY `(.on)")), (0, 1));
+}
+
 #[test]
 fn an_unknown_architecture_is_not_audited() {
     assert!(judge(".section .text.k,\"ax\"\n/*0000*/ EXIT ;\n", Facts::default()).is_err());
