@@ -1,7 +1,7 @@
 //! What one instruction reads, writes and exposes, as sets of registers.
 
 use super::opcodes::{Class, Results, Space, Width, count, wgmma_shape};
-use super::operand::{Bracket, File, Operand};
+use super::operand::{Bracket, File, Operand, Register};
 use super::parse::Instruction;
 use super::registers::{RegisterSet, bit};
 
@@ -82,7 +82,7 @@ impl Effect {
             Operand::Address { space, brackets } => {
                 for (index, bracket) in brackets.iter().enumerate() {
                     let width = address_width(instruction, space, position, index, brackets);
-                    add_bracket(&mut self.address, bracket, width);
+                    add_bracket(&mut self.address, bracket, unread(instruction, space, position), width);
                 }
             }
             Operand::Integer(_) | Operand::Float | Operand::Special(_) | Operand::Label(_) => {}
@@ -116,11 +116,19 @@ fn mask_of(instruction: &Instruction) -> u16 {
     immediate.unwrap_or(0xff) & 0xff
 }
 
-fn add_bracket(set: &mut RegisterSet, bracket: &Bracket, width: u16) {
+/// Adds what a bracket reads: `width` registers from each of its own on, but for the first `unread`.
+fn add_bracket(set: &mut RegisterSet, bracket: &Bracket, unread: u16, width: u16) {
     for term in &bracket.terms {
         let pair = if term.register.pair { 2 } else { 1 };
-        set.add(term.register, width.max(pair));
+        let register = Register { index: term.register.index.map(|index| index + unread), ..term.register };
+        set.add(register, width.max(pair) - unread);
     }
+}
+
+/// Registers of a bracket that are named and not read. A warpgroup product names the descriptors of A and of B; with A in
+/// registers, before them, ptxas keeps other things where A's would be.
+fn unread(instruction: &Instruction, space: &str, position: usize) -> u16 {
+    if space == "gdesc" && instruction.opcode.width == Width::Wgmma && position > 0 { 2 } else { 0 }
 }
 
 /// How many of the first operands are results.
@@ -306,7 +314,8 @@ mod tests {
             ("UTMALDG.4D [UR8], [UR26]", "UR8 UR9 UR10 UR11 UR12 UR13 UR26 UR27", "", ""),
             ("LDC R4, c[0x2][R3]", "R3", "", ""),
             ("WARPSYNC R5", "", "", "R5"),
-            ("HGMMA.64x8x16.F32 R24, R4, gdesc[UR8].tnspB, R24, UP0, gsb0", "UR8 UR9 UR10 UR11", "UP0", ""),
+            ("HGMMA.64x8x16.F32 R24, R4, gdesc[UR8].tnspB, R24, UP0, gsb0", "UR10 UR11", "UP0", ""),
+            ("HGMMA.64x8x16.F32 R24, gdesc[UR8].tnspB, R24, UP0, gsb0", "UR8 UR9 UR10 UR11", "UP0", ""),
         ];
         for (line, address, mask, steer) in cases {
             let effect = effect(line);
