@@ -1,5 +1,6 @@
 //! Control flow: basic blocks, edges, and which blocks a branch decides over.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use petgraph::algo::dominators::simple_fast;
@@ -51,6 +52,34 @@ impl Flow {
         let ends = blocks.iter().map(|range| &code[range.end - 1]);
         let exits_in_part = ends.map(|end| end.opcode.class == Class::Exit && end.guard.is_some()).collect();
         Self { blocks, successors, block_of, exits_in_part }
+    }
+
+    /// Forward data flow by a worklist (Kildall, 1973): the state at the entry of each block that can be reached.
+    ///
+    /// `run` takes a state through a block; `pass` takes it over the edge from one block into what is known at the
+    /// entry of another, and says whether that changed.
+    pub fn forward<S: Clone>(
+        &self,
+        first: S,
+        mut run: impl FnMut(usize, &mut S),
+        mut pass: impl FnMut(usize, usize, &S, &mut Option<S>) -> bool,
+    ) -> Vec<Option<S>> {
+        let mut entries: Vec<Option<S>> = vec![None; self.blocks.len()];
+        let mut work = BTreeSet::new();
+        if let Some(entry) = entries.first_mut() {
+            *entry = Some(first);
+            work.insert(0);
+        }
+        while let Some(block) = work.pop_first() {
+            let Some(mut state) = entries[block].clone() else { continue };
+            run(block, &mut state);
+            for &follower in &self.successors[block] {
+                if pass(block, follower, &state, &mut entries[follower]) {
+                    work.insert(follower);
+                }
+            }
+        }
+        entries
     }
 
     /// Each instruction's successors.

@@ -1,8 +1,6 @@
 //! Which values 32-bit registers can have: intervals over the thread index and constants. Only shared and local
 //! addresses need them, so whatever these are not made of is "anything".
 
-use std::collections::BTreeSet;
-
 use super::effect::Effect;
 use super::flow::Flow;
 use super::opcodes::Class;
@@ -149,26 +147,19 @@ pub fn addresses(section: &Section, flow: &Flow, threads: u32) -> Vec<Option<Ran
 }
 
 fn fixpoint(section: &Section, flow: &Flow, threads: u32) -> Vec<Option<State>> {
-    let mut entries: Vec<Option<State>> = vec![None; flow.blocks.len()];
     let mut visits = vec![0u32; flow.blocks.len()];
-    let mut work = BTreeSet::new();
-    if let Some(first) = entries.first_mut() {
-        *first = Some(vec![Range::ANY; COUNT + SLOTS as usize]);
-        work.insert(0);
-    }
-    while let Some(block) = work.pop_first() {
-        let Some(mut state) = entries[block].clone() else { continue };
-        for index in flow.blocks[block].clone() {
-            step(&section.instructions[index], &mut state, threads);
-        }
-        for &follower in &flow.successors[block] {
-            visits[follower] += 1;
-            if merge(&mut entries[follower], &state, visits[follower] > PATIENCE) {
-                work.insert(follower);
+    flow.forward(
+        vec![Range::ANY; COUNT + SLOTS as usize],
+        |block, state| {
+            for index in flow.blocks[block].clone() {
+                step(&section.instructions[index], state, threads);
             }
-        }
-    }
-    entries
+        },
+        |_, follower, state, entry| {
+            visits[follower] += 1;
+            merge(entry, state, visits[follower] > PATIENCE)
+        },
+    )
 }
 
 fn merge(entry: &mut Option<State>, state: &State, widen: bool) -> bool {

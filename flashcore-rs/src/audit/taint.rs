@@ -1,7 +1,5 @@
 //! Which registers may hold something that depends on a secret, at every point of the code.
 
-use std::collections::BTreeSet;
-
 use super::bits;
 use super::effect::Effect;
 use super::flow::{Flow, closure};
@@ -60,30 +58,23 @@ impl Taint {
     }
 
     fn registers(&mut self, section: &Section, flow: &Flow, memory: &Memory) {
-        let mut entries: Vec<Option<State>> = vec![None; flow.blocks.len()];
-        let mut work = BTreeSet::new();
-        if let Some(first) = entries.first_mut() {
-            *first = Some(State::default());
-            work.insert(0);
-        }
-        while let Some(block) = work.pop_first() {
-            let Some(mut state) = entries[block].clone() else { continue };
-            for index in flow.blocks[block].clone() {
-                let guard = literal(&section.instructions[index]);
-                self.before[index] = state.under(guard);
-                let bits = self.tainted_bits(section, memory, index, &state);
-                self.results[index] = bits != 0;
-                let truth = truth(&section.instructions[index]);
-                state.write(&self.effects[index].results, bits, guard, truth);
-            }
-            let last = &section.instructions[flow.blocks[block].end - 1];
-            for &follower in &flow.successors[block] {
-                let known = decision(last, flow.blocks[follower].start);
-                if merge(&mut entries[follower], state.given(known)) {
-                    work.insert(follower);
+        flow.forward(
+            State::default(),
+            |block, state| {
+                for index in flow.blocks[block].clone() {
+                    let guard = literal(&section.instructions[index]);
+                    self.before[index] = state.under(guard);
+                    let bits = self.tainted_bits(section, memory, index, state);
+                    self.results[index] = bits != 0;
+                    let truth = truth(&section.instructions[index]);
+                    state.write(&self.effects[index].results, bits, guard, truth);
                 }
-            }
-        }
+            },
+            |block, follower, state, entry| {
+                let last = &section.instructions[flow.blocks[block].end - 1];
+                merge(entry, state.given(decision(last, flow.blocks[follower].start)))
+            },
+        );
     }
 
     /// The bits of an instruction's results that are tainted.
