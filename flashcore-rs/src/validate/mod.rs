@@ -18,6 +18,7 @@ mod inputs;
 mod matrix;
 mod measure;
 mod report;
+pub mod stats;
 mod subject;
 mod ui;
 

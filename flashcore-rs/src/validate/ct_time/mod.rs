@@ -17,9 +17,10 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 pub use self::classes::{CLASSES, Class};
-pub use self::stats::{Comparison, Outcome, compare, quantum, rate};
+pub use self::stats::{Comparison, Outcome, compare, rate};
 use super::case::Case;
 use super::measure::{Arm, Summary};
+use super::stats::quantum;
 use crate::error::Result;
 use crate::runtime::Runtime;
 
@@ -74,8 +75,8 @@ pub struct Row {
     pub rounds: usize,
     /// Microseconds of one launch, of the reference and of the class.
     pub us: [Summary; 2],
-    /// Smallest step between two times, microseconds.
-    pub quantum_us: f64,
+    /// Step of the clock, microseconds; `None` where it is finer than the noise.
+    pub quantum_us: Option<f64>,
     /// The test, in microseconds.
     pub test: Comparison,
     /// Share of trials, with rounds drawn anew, that call the class different.
@@ -109,7 +110,7 @@ pub fn run(subject: &Subject<'_>, seed: u64, progress: &mut dyn FnMut()) -> Resu
     let (reference, others) = times.split_at(1);
     let reference = &reference[0];
     let quantum_us = quantum(reference);
-    let margin = (MARGIN * Summary::of(reference).median).max(if quantum_us.is_finite() { quantum_us } else { 0.0 });
+    let margin = (MARGIN * Summary::of(reference).median).max(quantum_us.unwrap_or(0.0));
     let error = ERROR / others.len() as f64;
     let row = |(class, times): (&Class, &Vec<f64>)| Row {
         subject: subject.name.clone(),
@@ -206,7 +207,7 @@ mod tests {
             class: Class::Zeros,
             rounds: 1,
             us: [summary; 2],
-            quantum_us: 0.1,
+            quantum_us: Some(0.1),
             test: test(outcome),
             detection_rate: 0.0,
             false_alarm_rate: 0.0,

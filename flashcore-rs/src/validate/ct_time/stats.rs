@@ -85,14 +85,6 @@ pub fn rate(one: &[f64], other: &[f64], margin: f64, error: f64, trials: usize, 
     different.count() as f64 / trials.max(1) as f64
 }
 
-/// The smallest step between samples: what the clock can tell apart.
-pub fn quantum(samples: &[f64]) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let steps = sorted.windows(2).map(|pair| pair[1] - pair[0]).filter(|&step| step > 1e-9);
-    steps.fold(f64::INFINITY, f64::min)
-}
-
 /// Rounds in blocks, drawn with replacement.
 fn resample(count: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     let block = BLOCK.min(count.max(1));
@@ -177,10 +169,9 @@ mod tests {
     }
 
     #[test]
-    fn rates_and_quanta() {
+    fn rates_say_what_a_single_test_does() {
         let (one, other) = samples(400, 0.08, 3);
         assert!(rate(&one, &other, 0.01, 0.05, 40, false, 0) >= 0.95);
         assert!(rate(&one, &other, 0.01, 0.05, 40, true, 0) <= 0.05);
-        assert!((quantum(&[1.0, 1.5, 2.25, 1.25]) - 0.25).abs() < 1e-12);
     }
 }
