@@ -27,6 +27,8 @@ pub struct Inputs {
     pub attn_mask: Option<HostTensor>,
     /// Causal, window and scale.
     pub options: AttentionOptions,
+    /// The only kernel variant that may compute; `None` leaves the choice to the subject.
+    pub variant: Option<String>,
 }
 
 impl Inputs {
@@ -53,6 +55,7 @@ impl Inputs {
                 .map(|mask| draw_mask(case, mask, generator(seed, &name, "attn_mask")))
                 .transpose()?,
             options: case.options,
+            variant: None,
         };
         if let Some(special) = case.special {
             let tensor = match special.tensor {
