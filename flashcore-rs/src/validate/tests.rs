@@ -393,6 +393,16 @@ fn a_device_is_driven_by_the_rules() {
             let variant = verdict.variant.unwrap_or_default();
             assert!(variant.starts_with("attention_forward") || case.family == "empty", "{case}: {variant}");
         }
+        for case in property_cases(Extent::Quick).iter().step_by(10) {
+            let verdicts = check_properties(&runtime, case, 1);
+            let failed = verdicts.iter().find(|verdict| !verdict.pass);
+            assert!(failed.is_none(), "{arch}: {failed:?}");
+            let pinned = verdicts
+                .iter()
+                .filter(|verdict| verdict.property == "head_alone")
+                .all(|verdict| verdict.bitwise == Some(true) && verdict.variants.len() == 1);
+            assert!(pinned, "{arch}: {case}: a head alone is answered by another variant");
+        }
         let protocol = Protocol { rounds: 2, calls: 1, warmup: 1 };
         let case = Case::new("test", [2, 2], [20, 20], 64).without_lse();
         let measured = measure(&runtime, &[case], 0, protocol, &mut || ()).expect("figures");
