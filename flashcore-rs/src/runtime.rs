@@ -10,7 +10,7 @@ use crate::attention::plan::Addresses;
 use crate::attention::prepared::Ready;
 use crate::attention::recent::{self, Geometry, Key};
 use crate::attention::{
-    Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, explain, restate, select,
+    Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, choose, explain, restate,
 };
 use crate::bundle::manifest::{AuditVerdict, Launch, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
@@ -22,6 +22,9 @@ use crate::tensor::{Device, HostMut, Layout, Owner, OwnerMut, StorageMut, Tensor
 
 /// Plans are small; a workload with more geometries than this re-plans some of them.
 const MAX_PLANS: usize = 4096;
+
+/// The one variant of the CPU backend.
+const CPU_VARIANT: &str = "cpu";
 
 /// Where attention runs: one CUDA device, or the CPU backend. Cheap to share: `Send`, `Sync`, and clones are the same
 /// runtime.
@@ -36,6 +39,9 @@ enum Backend {
     Device(Arc<DeviceRuntime>),
 }
 
+/// The last is the index of the variant that a call is pinned to.
+type PlanKey = (Problem, BaseAlign, Option<u32>);
+
 #[derive(Debug)]
 struct DeviceRuntime {
     /// Tells runtimes apart, also those that are gone.
@@ -44,7 +50,7 @@ struct DeviceRuntime {
     bundle: Bundle,
     stream: Stream,
     functions: Mutex<HashMap<String, Arc<[FunctionHandle]>>>,
-    plans: RwLock<HashMap<(Problem, BaseAlign), Arc<Plan>>>,
+    plans: RwLock<HashMap<PlanKey, Arc<Plan>>>,
 }
 
 /// How to make a [`Runtime`] that differs from the default.
@@ -242,7 +248,21 @@ impl Runtime {
             attn_mask: None,
             options: AttentionOptions::default(),
             stream: None,
+            pin: None,
         }
+    }
+
+    /// The index of a variant in the manifest; `None` for the CPU backend, which has nothing to choose from.
+    pub(crate) fn variant_index(&self, name: &str) -> Result<Option<u32>> {
+        let names: Vec<&str> = match self.manifest() {
+            Some(manifest) => manifest.variants.iter().map(|variant| variant.name.as_str()).collect(),
+            None if name == CPU_VARIANT => return Ok(None),
+            None => vec![CPU_VARIANT],
+        };
+        let accepted = || format!("one of {}", names.join(", "));
+        let index = names.iter().position(|&known| known == name);
+        let index = index.ok_or_else(|| Error::invalid("variant", format!("{name:?}"), accepted()))?;
+        Ok(u32::try_from(index).ok())
     }
 
     /// The plan for a problem whose tensors are aligned to 256 bytes, made now if there is none yet. Loads its module,
@@ -251,7 +271,7 @@ impl Runtime {
     /// # Errors
     /// [`Error::Unsupported`]; [`Error::InvalidArgument`] for a malformed problem or the CPU backend; a driver failure.
     pub fn plan(&self, problem: &Problem) -> Result<Arc<Plan>> {
-        self.device_runtime()?.plan(&restate(problem)?, BaseAlign::MAX)
+        self.device_runtime()?.plan(&restate(problem)?, BaseAlign::MAX, None)
     }
 
     pub(crate) fn run(
@@ -345,7 +365,9 @@ impl Runtime {
         }
         self.check_stream(call)?;
         let plan = match &self.backend {
-            Backend::Device(device) if !checked.problem.is_empty() => Some(device.plan(&checked.problem, align)?),
+            Backend::Device(device) if !checked.problem.is_empty() => {
+                Some(device.plan(&checked.problem, align, call.pin)?)
+            }
             _ => None,
         };
         let geometry = key.geometry(checked, plan);
@@ -375,7 +397,7 @@ impl Runtime {
         let problem = crate::attention::check::problem(&call.operands(), &call.options, &out, false)?;
         let align = BaseAlign::of([call.query.address(), call.key.address(), call.value.address(), 0]);
         Ok(match &self.backend {
-            Backend::Device(device) => explain(device.bundle.manifest(), &problem, align),
+            Backend::Device(device) => explain(device.bundle.manifest(), &problem, align, call.pin),
             Backend::Cpu => Explanation {
                 request: problem.to_string(),
                 arch: "cpu".into(),
@@ -439,12 +461,12 @@ impl DeviceRuntime {
         enqueue(call.stream.unwrap_or(&self.stream), &mut buffers, &lenders, Captured::Allowed, work)
     }
 
-    fn plan(&self, problem: &Problem, align: BaseAlign) -> Result<Arc<Plan>> {
-        let key = (*problem, align);
+    fn plan(&self, problem: &Problem, align: BaseAlign, pin: Option<u32>) -> Result<Arc<Plan>> {
+        let key = (*problem, align, pin);
         if let Some(plan) = self.plans.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(plan.clone());
         }
-        let variant = select(self.bundle.manifest(), problem, align).map_err(Error::Unsupported)?;
+        let variant = choose(self.bundle.manifest(), problem, align, pin).map_err(Error::Unsupported)?;
         let functions = self.functions(variant)?;
         let plan = Arc::new(Plan::new(variant, &functions, *problem, self.context.info.sm_count)?);
         let mut plans = self.plans.write().unwrap_or_else(PoisonError::into_inner);

@@ -21,7 +21,7 @@ use crate::runtime::Runtime;
 use crate::tensor::{TensorView, TensorViewMut};
 
 pub(crate) use self::check::{Checked, restate};
-pub(crate) use self::select::{BaseAlign, explain, select};
+pub(crate) use self::select::{BaseAlign, choose, explain};
 
 /// How far a query looks, in keys, either side of its diagonal; `None` is unbounded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -59,6 +59,8 @@ pub struct Attention<'a> {
     pub(crate) attn_mask: Option<TensorView<'a>>,
     pub(crate) options: AttentionOptions,
     pub(crate) stream: Option<&'a Stream>,
+    /// The only variant that may run, by its index in the runtime's manifest.
+    pub(crate) pin: Option<u32>,
 }
 
 impl<'a> Attention<'a> {
@@ -97,6 +99,19 @@ impl<'a> Attention<'a> {
     pub fn on(mut self, stream: &'a Stream) -> Self {
         self.stream = Some(stream);
         self
+    }
+
+    /// Lets this kernel variant run and no other, instead of the one that the runtime prefers: to measure it, or to
+    /// compare results bit by bit. It answers whatever it can, also outside the sizes that it was tuned for; a call that
+    /// it cannot answer is refused with [`Error::Unsupported`](crate::Error::Unsupported), which names the reason.
+    ///
+    /// Variants are those of [`Runtime::manifest`]; the CPU backend has one, `cpu`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument), naming those there are, for a variant that is not.
+    pub fn variant(mut self, name: &str) -> Result<Self> {
+        self.pin = self.runtime.variant_index(name)?;
+        Ok(self)
     }
 
     /// Replaces all options at once.

@@ -37,6 +37,7 @@ pub struct Plan {
     launches: Vec<PlannedLaunch>,
     /// Bytes of each scratch buffer.
     workspace: Vec<usize>,
+    key_splits: i64,
 }
 
 #[derive(Debug)]
@@ -75,7 +76,7 @@ impl Plan {
                 usize::try_from(bytes).map_err(|_| Error::OutOfMemory { requested: usize::MAX })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { variant: variant.name.clone(), problem, launches, workspace })
+        Ok(Self { variant: variant.name.clone(), problem, launches, workspace, key_splits: values.key_splits() })
     }
 
     /// The name of the kernel variant.
@@ -86,6 +87,11 @@ impl Plan {
     /// The problem it answers.
     pub fn problem(&self) -> &Problem {
         &self.problem
+    }
+
+    /// Parts that the keys of a tile of queries are dealt to; 1 when they are not split.
+    pub fn key_splits(&self) -> u32 {
+        self.key_splits.try_into().unwrap_or(u32::MAX)
     }
 
     /// Queues the launches. Scratch memory is stream-ordered and belongs to this call alone, so that calls on several

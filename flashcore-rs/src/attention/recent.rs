@@ -22,6 +22,7 @@ pub(crate) struct Geometry {
     attn_mask: Option<Layout>,
     lse: Option<Layout>,
     options: AttentionOptions,
+    pin: Option<u32>,
     align: BaseAlign,
     /// The runtime's number.
     runtime: u64,
@@ -46,7 +47,8 @@ impl Key<'_> {
 
     fn slot(&self) -> usize {
         let [q, k, v, out] = self.layouts();
-        let options = u64::from(self.call.options.causal) | u64::from(self.align.0) << 1;
+        let pin = self.call.pin.map_or(0, |index| 1 + u64::from(index));
+        let options = u64::from(self.call.options.causal) | u64::from(self.align.0) << 1 | pin << 32;
         let words = [
             q.shape[0] as u64,
             q.shape[1] as u64,
@@ -68,6 +70,7 @@ impl Key<'_> {
     fn is(&self, geometry: &Geometry) -> bool {
         geometry.runtime == self.runtime
             && geometry.align == self.align
+            && geometry.pin == self.call.pin
             && geometry.layouts.each_ref() == self.layouts()
             && geometry.attn_mask.as_ref() == self.call.attn_mask.as_ref().map(TensorView::layout)
             && geometry.lse.as_ref() == self.lse.map(TensorViewMut::layout)
@@ -90,6 +93,7 @@ impl Key<'_> {
             attn_mask: self.call.attn_mask.as_ref().map(|mask| *mask.layout()),
             lse: self.lse.map(|lse| *lse.layout()),
             options: self.call.options,
+            pin: self.call.pin,
             align: self.align,
             runtime: self.runtime,
             checked,
@@ -138,6 +142,12 @@ pub struct LastPlan {
     pub kernel: String,
     /// The call in words.
     pub request: String,
+}
+
+/// The plan of the last call that this thread made; `None` when it needed none.
+#[cfg(feature = "validate")]
+pub(crate) fn last_planned() -> Option<Arc<Plan>> {
+    RECENT.with_borrow(|recent| recent.last.as_ref().and_then(|last| last.plan.clone()))
 }
 
 /// The last call that this thread made, whichever runtime it was on; `None` before the first. Launches of a

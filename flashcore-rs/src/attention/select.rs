@@ -93,6 +93,11 @@ pub enum Rejection {
         /// The variant chosen.
         by: String,
     },
+    /// The call asked for another variant by name.
+    NotAsked {
+        /// The variant asked for.
+        pinned: String,
+    },
 }
 
 impl fmt::Display for Rejection {
@@ -114,6 +119,7 @@ impl fmt::Display for Rejection {
             }
             Self::TensorMap { tensor, why } => write!(f, "TMA cannot address {tensor}: {why}"),
             Self::Outranked { by } => write!(f, "qualifies; {by} is preferred"),
+            Self::NotAsked { pinned } => write!(f, "the call asked for {pinned}"),
         }
     }
 }
@@ -148,6 +154,25 @@ impl fmt::Display for Explanation {
     }
 }
 
+/// The variant that answers `problem`: the one at index `pin` of the manifest, or the preferred one. A pinned variant
+/// answers whatever it can, also outside the sizes that it was tuned for.
+pub(crate) fn choose<'m>(
+    manifest: &'m Manifest,
+    problem: &Problem,
+    align: BaseAlign,
+    pin: Option<u32>,
+) -> Result<&'m Variant, Box<Unsupported>> {
+    let Some(variant) = pin.and_then(|pin| manifest.variants.get(pin as usize)) else {
+        return select(manifest, problem, align);
+    };
+    let Some(reason) = reject_pinned(variant, problem, align) else { return Ok(variant) };
+    let hint = match select(manifest, problem, align) {
+        Ok(other) => format!("ask for no variant by name; {} answers it", other.name),
+        Err(_) => hint(problem),
+    };
+    Err(Box::new(Unsupported { request: problem.to_string(), rejected: vec![(variant.name.clone(), reason)], hint }))
+}
+
 /// The preferred variant that answers `problem`.
 pub(crate) fn select<'m>(
     manifest: &'m Manifest,
@@ -169,13 +194,18 @@ fn rank(variant: &Variant) -> (i32, std::cmp::Reverse<&str>) {
 }
 
 /// The whole decision.
-pub(crate) fn explain(manifest: &Manifest, problem: &Problem, align: BaseAlign) -> Explanation {
-    let variant = select(manifest, problem, align).ok();
+pub(crate) fn explain(manifest: &Manifest, problem: &Problem, align: BaseAlign, pin: Option<u32>) -> Explanation {
+    let variant = choose(manifest, problem, align, pin).ok();
+    let pinned = pin.and_then(|pin| manifest.variants.get(pin as usize));
     let chosen = variant.map(|variant| variant.name.clone());
     let limits = variant.map(|variant| &variant.when.limits).filter(|limits| !limits.0.is_empty());
     let rejected = manifest.variants.iter().filter(|v| chosen.as_ref() != Some(&v.name)).map(|variant| {
-        let reason = reject(variant, problem, align)
-            .unwrap_or_else(|| Rejection::Outranked { by: chosen.clone().unwrap_or_default() });
+        let reason = match pinned {
+            Some(pinned) if pinned.name == variant.name => reject_pinned(variant, problem, align),
+            Some(pinned) => Some(Rejection::NotAsked { pinned: pinned.name.clone() }),
+            None => reject(variant, problem, align),
+        };
+        let reason = reason.unwrap_or_else(|| Rejection::Outranked { by: chosen.clone().unwrap_or_default() });
         (variant.name.clone(), reason)
     });
     Explanation {
@@ -208,6 +238,12 @@ fn hint(problem: &Problem) -> String {
 
 /// Why `variant` does not answer `problem`; `None` when it does.
 fn reject(variant: &Variant, problem: &Problem, align: BaseAlign) -> Option<Rejection> {
+    let limits = || variant.when.limits.0.iter().find_map(|limit| reject_size(variant, problem, limit));
+    reject_request(variant, problem).or_else(limits).or_else(|| reject_layout(variant, problem, align))
+}
+
+/// Why `variant` cannot answer `problem`, whatever sizes it was tuned for; `None` when it can.
+fn reject_pinned(variant: &Variant, problem: &Problem, align: BaseAlign) -> Option<Rejection> {
     reject_request(variant, problem).or_else(|| reject_layout(variant, problem, align))
 }
 
@@ -228,10 +264,7 @@ fn reject_request(variant: &Variant, problem: &Problem) -> Option<Rejection> {
     if problem.band.is_some() && !when.band {
         return Some(Rejection::Band);
     }
-    if variant.requires.positive_scale && problem.scale() <= 0.0 {
-        return Some(Rejection::Scale);
-    }
-    when.limits.0.iter().find_map(|limit| reject_size(variant, problem, limit))
+    (variant.requires.positive_scale && problem.scale() <= 0.0).then_some(Rejection::Scale)
 }
 
 fn reject_size(variant: &Variant, problem: &Problem, limit: &Limit) -> Option<Rejection> {

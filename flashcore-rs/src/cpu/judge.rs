@@ -139,13 +139,18 @@ pub fn judge_lse(problem: &Problem, actual: &[f32], oracle: &Reference, eager: &
         // An LSE beyond the range of fp32 is an infinity there.
         kinds.compare(x, f64::from(exact as f32), eager.lse[i]);
         if exact.is_finite() && x.is_finite() {
-            let bound = (8.0 * oracle.lse_unit[i]).min(1e-3 * exact.abs().max(1.0));
+            let bound = lse_bound(exact, oracle.lse_unit[i]);
             e = e.max((x - exact).abs());
             ratio = ratio.max((x - exact).abs() / bound);
         }
     }
     let Kinds { misplaced, out_of_range } = kinds;
     LseReport { e, ratio, misplaced, out_of_range, pass: misplaced == 0 && ratio <= 1.0 }
+}
+
+/// How far an element of a log-sum-exp may be from the oracle's; see [`judge_lse`].
+pub fn lse_bound(exact: f64, unit: f64) -> f64 {
+    (8.0 * unit).min(1e-3 * exact.abs().max(1.0))
 }
 
 /// One unit in the last place of a type at a magnitude: the distance between its numbers there.

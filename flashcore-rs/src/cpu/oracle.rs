@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-pub use super::judge::{ErrorReport, LseReport, judge, judge_lse};
+pub use super::judge::{ErrorReport, LseReport, judge, judge_lse, lse_bound};
 use super::real::{Real, Scalar, gather, offset};
 use crate::attention::Problem;
 use crate::dtype::DType;

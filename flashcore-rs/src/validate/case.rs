@@ -284,6 +284,15 @@ impl Case {
         ]
     }
 
+    /// Shape of a mask.
+    pub fn mask_shape(&self, mask: Mask) -> [usize; 4] {
+        let mut shape = [self.batch, self.num_heads_q, self.seq_len_q, self.seq_len_k];
+        for (size, one) in shape.iter_mut().zip(mask.broadcast) {
+            *size = if one { 1 } else { *size };
+        }
+        shape
+    }
+
     /// Bytes that an ideal kernel moves: inputs once in, output once out.
     pub fn bytes(&self) -> usize {
         self.shapes().iter().map(|shape| shape.iter().product::<usize>()).sum::<usize>() * self.dtype.size()

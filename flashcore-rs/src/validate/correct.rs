@@ -113,6 +113,17 @@ impl Outcome {
         Ok(Self { out, lse, ran })
     }
 
+    /// Of both outputs together.
+    pub(super) fn damage(&self) -> Damage {
+        let mut damage = self.out.damage();
+        if let Some(lse) = &self.lse {
+            let Damage { outside, unwritten } = lse.damage();
+            damage.outside += outside;
+            damage.unwritten += unwritten;
+        }
+        damage
+    }
+
     fn same_bits(&self, other: &Self) -> bool {
         let lse = match (&self.lse, &other.lse) {
             (Some(one), Some(other)) => one.same_bits(other),
@@ -126,18 +137,13 @@ impl Outcome {
             variant: Some(self.ran.variant.clone()),
             error: None,
             lse: None,
-            damage: self.out.damage(),
+            damage: self.damage(),
             spread: 0,
             irreproducible: 0,
             refused: None,
             unsupported: false,
             pass: true,
         };
-        if let Some(lse) = &self.lse {
-            let Damage { outside, unwritten } = lse.damage();
-            verdict.damage.outside += outside;
-            verdict.damage.unwritten += unwritten;
-        }
         let problem = problem_of(inputs, &self.out, self.lse.is_some())?;
         if case.judged_heads.is_empty() {
             verdict.add(self.whole(inputs)?, &problem, &|row| self.may_spread(case, &problem, row));

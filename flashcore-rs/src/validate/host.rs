@@ -35,6 +35,8 @@ trait Cell: HostElement {
     const OUTPUT: Self;
 
     fn from_f32(x: f32) -> Self;
+    /// Exact, but for f64.
+    fn to_f32(self) -> f32;
     fn bits(self) -> u64;
     fn bytes(self) -> Vec<u8>;
 
@@ -51,7 +53,7 @@ trait Cell: HostElement {
 }
 
 macro_rules! cells {
-    ($($variant:ident: $ty:ty, $input:expr, $output:expr, $from:expr, $bits:expr;)*) => {
+    ($($variant:ident: $ty:ty, $input:expr, $output:expr, $from:expr, $to:expr, $bits:expr;)*) => {
         /// The memory of a tensor, by element type.
         #[derive(Clone, Debug)]
         enum Data { $($variant(Vec<$ty>)),* }
@@ -62,6 +64,10 @@ macro_rules! cells {
 
             fn from_f32(x: f32) -> Self {
                 ($from)(x)
+            }
+
+            fn to_f32(self) -> f32 {
+                ($to)(self)
             }
 
             fn bits(self) -> u64 {
@@ -96,11 +102,11 @@ macro_rules! cells {
 }
 
 cells! {
-    F16: f16, f16::from_bits(0x7e01), f16::from_bits(0x7d5a), f16::from_f32, |x: f16| x.to_bits().into();
-    BF16: bf16, bf16::from_bits(0x7fc1), bf16::from_bits(0x7fa5), bf16::from_f32, |x: bf16| x.to_bits().into();
-    F32: f32, f32::from_bits(0x7fc0_0001), f32::from_bits(0x7fa5_a5a5), |x| x, |x: f32| x.to_bits().into();
-    F64: f64, f64::from_bits(0x7ff8 << 48 | 1), f64::from_bits(0x7ff5_a5a5 << 32), f64::from, f64::to_bits;
-    Bool: u8, 1, 0xa5, |x| u8::from(x != 0.0), |x: u8| x.into();
+    F16: f16, f16::from_bits(0x7e01), f16::from_bits(0x7d5a), f16::from_f32, f16::to_f32, |x: f16| x.to_bits().into();
+    BF16: bf16, bf16::from_bits(0x7fc1), bf16::from_bits(0x7fa5), bf16::from_f32, bf16::to_f32, |x: bf16| x.to_bits().into();
+    F32: f32, f32::from_bits(0x7fc0_0001), f32::from_bits(0x7fa5_a5a5), |x| x, |x| x, |x: f32| x.to_bits().into();
+    F64: f64, f64::from_bits(0x7ff8 << 48 | 1), f64::from_bits(0x7ff5_a5a5 << 32), f64::from, |x| x as f32, f64::to_bits;
+    Bool: u8, 1, 0xa5, |x| u8::from(x != 0.0), f32::from, |x: u8| x.into();
 }
 
 /// A tensor in host memory.
@@ -177,6 +183,14 @@ impl HostTensor {
                 }
             }
         });
+    }
+
+    /// One element; an index along a dimension of size 1 counts as 0, so that a mask broadcasts.
+    pub fn get(&self, index: [usize; 4]) -> f32 {
+        let Layout { shape, strides, .. } = self.layout;
+        let at = |dim: usize| if shape[dim] == 1 { 0 } else { index[dim] };
+        let element = self.start + offset(strides, [at(0), at(1), at(2)]) + at(3);
+        each!(&self.data, data => data[element].to_f32())
     }
 
     /// Overwrites one element.

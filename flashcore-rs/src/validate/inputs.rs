@@ -27,6 +27,8 @@ pub struct Inputs {
     pub attn_mask: Option<HostTensor>,
     /// Causal, window and scale.
     pub options: AttentionOptions,
+    /// The only kernel variant that may compute; `None` leaves the choice to the subject.
+    pub variant: Option<String>,
 }
 
 impl Inputs {
@@ -53,6 +55,7 @@ impl Inputs {
                 .map(|mask| draw_mask(case, mask, generator(seed, &name, "attn_mask")))
                 .transpose()?,
             options: case.options,
+            variant: None,
         };
         if let Some(special) = case.special {
             let tensor = match special.tensor {
@@ -79,12 +82,7 @@ impl Inputs {
 }
 
 fn draw_mask(case: &Case, mask: Mask, mut rng: ChaCha8Rng) -> Result<HostTensor> {
-    let full = [case.batch, case.num_heads_q, case.seq_len_q, case.seq_len_k];
-    let mut shape = full;
-    for (size, one) in shape.iter_mut().zip(mask.broadcast) {
-        *size = if one { 1 } else { *size };
-    }
-    let mut tensor = HostTensor::input(mask.kind.dtype(case.dtype), shape, mask.memory)?;
+    let mut tensor = HostTensor::input(mask.kind.dtype(case.dtype), case.mask_shape(mask), mask.memory)?;
     let (visible, hidden) = match mask.kind {
         MaskType::Bool => (None, 0.0),
         MaskType::Query | MaskType::F32 => (Some(2.0), f32::NEG_INFINITY),
@@ -103,6 +101,6 @@ fn draw_mask(case: &Case, mask: Mask, mut rng: ChaCha8Rng) -> Result<HostTensor>
 }
 
 /// A generator for one tensor of one case.
-fn generator(seed: u64, case: &str, tensor: &str) -> ChaCha8Rng {
+pub(super) fn generator(seed: u64, case: &str, tensor: &str) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(Sha256::digest(format!("{seed}/{case}/{tensor}")).into())
 }

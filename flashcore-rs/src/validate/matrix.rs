@@ -5,7 +5,7 @@ use crate::attention::CausalAlign::{BottomRight, TopLeft};
 use crate::dtype::DType;
 
 /// The element types that every backend computes in.
-const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+pub(super) const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 
 /// How much of the matrix to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 //! - A [`Subject`] computes attention: a [`Runtime`](crate::Runtime) on a device or on the CPU.
 //! - [`check`] draws independent inputs from a seed, runs a subject into poisoned memory, and judges what it wrote against
 //!   the fp64 oracle.
+//! - [`check_properties`] holds a subject to what is true of attention whatever the inputs ([`property_cases`]).
 //! - [`measure`] times whole calls and launches; [`ct_time`] asks whether times depend on values.
 //! - [`Evidence`] is what is kept of a run, and [`cli`] the command line.
 
@@ -17,9 +18,11 @@ mod host;
 mod inputs;
 mod matrix;
 mod measure;
+mod properties;
 mod report;
 pub mod stats;
 mod subject;
+mod trial;
 mod ui;
 
 #[cfg(test)]
@@ -31,6 +34,7 @@ pub use self::host::{Damage, HostTensor};
 pub use self::inputs::Inputs;
 pub use self::matrix::{Extent, classic, matrix};
 pub use self::measure::{Arm, Floor, LAUNCHES, Measurement, Protocol, Summary, measure};
+pub use self::properties::{PropertyVerdict, check_properties, property_cases};
 pub use self::report::{CorrectRow, Environment, Evidence, MeasureRow};
 pub use self::subject::{Ran, Subject};
 

@@ -4,16 +4,16 @@ use serde::Serialize;
 
 use super::host::HostTensor;
 use super::inputs::Inputs;
-use crate::attention::check::Operands;
-use crate::attention::plan::Addresses;
-use crate::attention::{AttentionOptions, BaseAlign, Checked, select};
-use crate::error::{Error, Result};
+use crate::attention::last_plan;
+use crate::attention::recent::last_planned;
+use crate::error::Result;
 use crate::runtime::Runtime;
 use crate::tensor::{Device, TensorView, TensorViewMut};
 
 /// Something that computes attention: a [`Runtime`], or in tests of the harness a wrong one.
 pub trait Subject {
-    /// Computes from inputs, and writes outputs that are given as poison.
+    /// Computes from inputs, and writes outputs that are given as poison. A subject that has several variants runs the
+    /// one that the inputs name, if they name one, or refuses.
     ///
     /// # Errors
     /// Whatever keeps it from computing.
@@ -27,6 +27,8 @@ pub struct Ran {
     pub variant: String,
     /// Query and key rows that it takes at a time, and in which a NaN of a value may spread; `None` when it may not.
     pub tile: Option<[usize; 2]>,
+    /// Parts that it splits the keys of a tile into.
+    pub key_splits: u32,
 }
 
 impl Subject for Runtime {
@@ -42,7 +44,7 @@ fn run_on_host(runtime: &Runtime, inputs: &Inputs, out: &mut HostTensor, lse: Op
     let views = [inputs.query.view()?, inputs.key.view()?, inputs.value.view()?];
     let mask = inputs.attn_mask.as_ref().map(HostTensor::view).transpose()?;
     let mut lse = lse.map(HostTensor::view_mut).transpose()?;
-    call(runtime, views, mask, inputs.options, &mut out.view_mut()?, lse.as_mut())
+    call(runtime, views, mask, inputs, &mut out.view_mut()?, lse.as_mut())
 }
 
 fn run_on_device(
@@ -67,7 +69,7 @@ fn run_on_device(
         _ => None,
     };
     let mut out_view = out.on_device_mut(&mut out_buffer)?;
-    let ran = call(runtime, views, mask, inputs.options, &mut out_view, lse_view.as_mut())?;
+    let ran = call(runtime, views, mask, inputs, &mut out_view, lse_view.as_mut())?;
     out.download(&out_buffer)?;
     if let (Some(tensor), Some(buffer)) = (&mut lse, &lse_buffer) {
         tensor.download(buffer)?;
@@ -79,15 +81,14 @@ fn call(
     runtime: &Runtime,
     [query, key, value]: [TensorView<'_>; 3],
     attn_mask: Option<TensorView<'_>>,
-    options: AttentionOptions,
+    inputs: &Inputs,
     out: &mut TensorViewMut<'_>,
     lse: Option<&mut TensorViewMut<'_>>,
 ) -> Result<Ran> {
-    let operands = Operands { query: &query, key: &key, value: &value, attn_mask: attn_mask.as_ref() };
-    let checked = Checked::new(&operands, &options, out, lse.as_deref())?;
-    let addresses = Addresses::of(&operands, out, lse.as_deref());
-    let ran = chosen(runtime, &checked, &addresses)?;
-    let mut call = runtime.attention(&query, &key, &value).options(options);
+    let mut call = runtime.attention(&query, &key, &value).options(inputs.options);
+    if let Some(name) = &inputs.variant {
+        call = call.variant(name)?;
+    }
     if let Some(mask) = attn_mask {
         call = call.attn_mask(mask);
     }
@@ -95,19 +96,17 @@ fn call(
         Some(lse) => call.run_with_lse(out, lse)?,
         None => call.run(out)?,
     }
-    Ok(ran)
+    Ok(ran_last(runtime))
 }
 
-/// The variant that the runtime chooses for a call.
-fn chosen(runtime: &Runtime, checked: &Checked, addresses: &Addresses) -> Result<Ran> {
-    let Some(manifest) = runtime.manifest() else {
-        return Ok(Ran { variant: "cpu".into(), tile: None });
-    };
-    if checked.problem.is_empty() {
-        return Ok(Ran { variant: "none".into(), tile: None });
+/// What this thread's last call ran.
+fn ran_last(runtime: &Runtime) -> Ran {
+    let variant = last_plan().map_or_else(|| "none".into(), |plan| plan.kernel);
+    let variants = runtime.manifest().map_or(&[][..], |manifest| &manifest.variants);
+    let tile = variants.iter().find(|known| known.name == variant).map(|known| &known.tile);
+    Ran {
+        variant,
+        tile: tile.map(|tile| [tile.query as usize, tile.key as usize]),
+        key_splits: last_planned().map_or(1, |plan| plan.key_splits()),
     }
-    let align = BaseAlign::of([addresses.q, addresses.k, addresses.v, addresses.out]);
-    let variant = select(manifest, &checked.problem, align).map_err(Error::Unsupported)?;
-    let tile = [variant.tile.query as usize, variant.tile.key as usize];
-    Ok(Ran { variant: variant.name.clone(), tile: Some(tile) })
 }

@@ -247,7 +247,7 @@ fn an_output_that_is_not_written_fails() {
     struct Idle;
     impl Subject for Idle {
         fn compute(&self, _: &Inputs, _: &mut HostTensor, _: Option<&mut HostTensor>) -> Result<Ran> {
-            Ok(Ran { variant: "idle".into(), tile: None })
+            Ok(Ran { variant: "idle".into(), tile: None, key_splits: 1 })
         }
     }
     // Where every output should be NaN, only its bits tell.
@@ -347,7 +347,7 @@ fn the_graver_exit_wins() {
 #[cfg(feature = "cuda")]
 #[test]
 fn every_bundle_answers_every_case() {
-    use crate::attention::{BaseAlign, Plan, select};
+    use crate::attention::{BaseAlign, Plan, choose};
     use crate::driver::FunctionHandle;
     let bundles: Vec<crate::bundle::Bundle> = crate::bundle::embedded()
         .iter()
@@ -363,7 +363,8 @@ fn every_bundle_answers_every_case() {
         }
         let align = BaseAlign::of(case.memory.map(|memory| (memory.offset * case.dtype.size()) as u64));
         for bundle in &bundles {
-            let planned = select(bundle.manifest(), &problem, align).map_err(Error::Unsupported).and_then(|variant| {
+            let chosen = choose(bundle.manifest(), &problem, align, None).map_err(Error::Unsupported);
+            let planned = chosen.and_then(|variant| {
                 let functions = vec![FunctionHandle::default(); variant.launches.len()];
                 Plan::new(variant, &functions, problem, 132)
             });
@@ -391,6 +392,16 @@ fn a_device_is_driven_by_the_rules() {
             assert!(verdict.pass, "{arch}: {case}: {}", verdict.reason());
             let variant = verdict.variant.unwrap_or_default();
             assert!(variant.starts_with("attention_forward") || case.family == "empty", "{case}: {variant}");
+        }
+        for case in property_cases(Extent::Quick).iter().step_by(10) {
+            let verdicts = check_properties(&runtime, case, 1);
+            let failed = verdicts.iter().find(|verdict| !verdict.pass);
+            assert!(failed.is_none(), "{arch}: {failed:?}");
+            let pinned = verdicts
+                .iter()
+                .filter(|verdict| verdict.property == "head_alone")
+                .all(|verdict| verdict.bitwise == Some(true) && verdict.variants.len() == 1);
+            assert!(pinned, "{arch}: {case}: a head alone is answered by another variant");
         }
         let protocol = Protocol { rounds: 2, calls: 1, warmup: 1 };
         let case = Case::new("test", [2, 2], [20, 20], 64).without_lse();

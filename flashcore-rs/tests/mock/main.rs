@@ -12,6 +12,7 @@ mod asynchrony;
 mod auto_traits;
 mod bundles;
 mod corpus;
+mod pinned;
 mod plan;
 mod programs;
 mod properties;

@@ -8,10 +8,9 @@ use flashcore::{
     AttentionOptions, BundleError, CausalAlign, DType, DeviceBuffer, Error, Rejection, Result, Runtime, TensorView,
     TensorViewMut, Window,
 };
-use serde_json::json;
 
 use crate::support::{
-    Call, Form, Operand, assert_sound, devices, mock, runtime, split_keys, two_launches, with_bundle,
+    Call, Form, Operand, assert_sound, devices, mock, runtime, split_keys, tuned, two_launches, with_bundle,
 };
 
 /// Runs a call on a fresh mock and gives the one launch that it makes.
@@ -377,21 +376,6 @@ fn explain_names_one_reason_per_candidate() -> Result<()> {
     assert_eq!(explanation.rejected.len(), 13, "every other variant");
     assert_eq!(driver.count(Entry::LoadModule) + driver.launches().len(), 0, "looking costs nothing");
     Ok(())
-}
-
-/// The sample bundle with two builds of its first kernel: tiles of 64 queries, for up to four of them and 99 queries; and
-/// of 128, for more queries.
-fn tuned() -> Vec<u8> {
-    let (mut manifest, code) = testing::sample();
-    let variants = manifest["variants"].as_array_mut().expect("variants");
-    let mut large = variants[0].clone();
-    variants[0]["when"]["limits"] = json!({"seq_len_q": [1, 99], "num_tiles": [1, 4]});
-    large["name"] = json!("large");
-    large["tile"]["query"] = json!(128);
-    large["launches"][0]["kernel"] = json!("large");
-    large["when"]["limits"] = json!({"seq_len_q": [100, 1 << 30]});
-    variants.push(large);
-    testing::pack(manifest.to_string().as_bytes(), &code)
 }
 
 #[test]

@@ -84,6 +84,21 @@ pub fn split_sample() -> (Value, Vec<u8>) {
     (manifest, code)
 }
 
+/// The sample bundle with two builds of its first kernel: tiles of 64 queries, for up to four of them and 99 queries; and
+/// of 128, for more queries.
+pub fn tuned() -> Vec<u8> {
+    let (mut manifest, code) = testing::sample();
+    let variants = manifest["variants"].as_array_mut().expect("variants");
+    let mut large = variants[0].clone();
+    variants[0]["when"]["limits"] = json!({"seq_len_q": [1, 99], "num_tiles": [1, 4]});
+    large["name"] = json!("large");
+    large["tile"]["query"] = json!(128);
+    large["launches"][0]["kernel"] = json!("large");
+    large["when"]["limits"] = json!({"seq_len_q": [100, 1 << 30]});
+    variants.push(large);
+    testing::pack(manifest.to_string().as_bytes(), &code)
+}
+
 /// A mock with devices of these compute capabilities.
 pub fn devices(capabilities: &[(u32, u32)]) -> Arc<MockDriver> {
     let devices = (0..).zip(capabilities).map(|(ordinal, &capability)| MockConfig::device(ordinal, capability));
