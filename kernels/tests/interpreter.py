@@ -10,6 +10,8 @@ import importlib
 import math
 import os
 import warnings
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,27 +90,71 @@ def _inline_asm(_builder: Any, asm: str, _constraints: str, values: list[Any], *
     return Call()
 
 
-def run(spec: Spec, problem: Problem, tensors: dict[str, Array]) -> tuple[Array, Array]:
-    """out and lse. Fails if the kernel wrote anywhere else."""
+def _function(module: str, name: str, source: Path | None) -> Any:
+    """A kernel, interpreted; `source` is a file to take the module's text from instead."""
     os.environ["TRITON_INTERPRET"] = "1"
     interpreter = importlib.import_module("triton.runtime.interpreter")
     interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
-    (launch,) = spec.launches
-    kernel = getattr(importlib.import_module(launch.sources[0]), launch.kernel)
-    buffer, out = poisoned(problem.shape("out"), problem.layout, problem.alignment, CANARY)
-    lse_buffer = np.full(math.prod(problem.shape("out")[:3]) + 2, CANARY, np.float32)
-    values = quantities(problem, spec, tensors | {"out": out}, lse_buffer[1:])
+    if source is None:
+        return getattr(importlib.import_module(module), name)
+    found = spec_from_file_location(source.stem, source)
+    assert found and found.loader
+    loaded = module_from_spec(found)
+    found.loader.exec_module(loaded)
+    return getattr(loaded, name)
+
+
+def _launch(spec: Spec, number: int, values: dict[str, Any], source: Path | None) -> None:
+    launch = spec.launches[number]
     arguments = {
         name: launch.constexprs[name] if kind == "constexpr" else values[launch.values[name]]
         for name, kind in launch.signature.items()
     }
     grid = math.prod(values[factor] if isinstance(factor, str) else factor for factor in launch.grid.x)
+    kernel = _function(launch.sources[0], launch.kernel, source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kernel[(grid,)](**arguments)
-    result, lse = out.copy(), lse_buffer[1:-1].reshape(problem.shape("out")[:3]).copy()
+
+
+RIM = 128  # elements on either side of a log-sum-exp
+
+
+def _rimmed(shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """A buffer full of canaries, and the part of it that an output of float32 gets."""
+    buffer = np.full(math.prod(shape) + 2 * RIM, CANARY, np.float32)
+    return buffer, buffer[RIM:-RIM].reshape(shape)
+
+
+def run(spec: Spec, problem: Problem, tensors: dict[str, Array], source: Path | None = None) -> tuple[Array, Array]:
+    """out and lse. Fails if the kernel wrote anywhere else."""
+    buffer, out = poisoned(problem.shape("out"), problem.layout, problem.alignment, CANARY)
+    lse_buffer, lse = _rimmed(problem.shape("out")[:3])
+    _launch(spec, 0, quantities(problem, spec, tensors | {"out": out}, lse), source)
+    result, lse_result = out.copy(), lse.copy()
     out[...] = CANARY
     assert (buffer == np.float16(CANARY)).all(), "the kernel wrote outside the output"
-    ends = lse_buffer[[0, -1]] if problem.lse else lse_buffer
-    assert (ends == np.float32(CANARY)).all(), "the kernel wrote outside the lse"
-    return result, lse
+    if problem.lse:
+        lse[...] = CANARY
+    assert (lse_buffer == np.float32(CANARY)).all(), "the kernel wrote outside the lse"
+    return result, lse_result
+
+
+def combine(spec: Spec, parts: Array, sums: Array, num_heads_q: int, source: Path | None = None) -> tuple[Array, Array]:
+    """What the second launch of a variant with split keys makes of the parts (heads, splits, seq, head_dim) and their
+    base-2 log-sum-exps (heads, splits, seq): out in float16, (batch, num_heads_q, seq, head_dim), and lse."""
+    heads, splits, seq, head_dim = parts.shape
+    shape = (heads // num_heads_q, num_heads_q, seq)
+    partial = np.concatenate([parts.ravel(), sums.ravel()]).astype(np.float32)
+    out = np.full((*shape, head_dim), CANARY, np.float16)
+    lse_buffer, lse = _rimmed(shape)
+    tiles = -(-seq // spec.tile.query)
+    values = {"workspace.0": _host(partial), "out": _host(out), "lse": _host(lse), "key_splits": splits}
+    values |= {f"out.stride.{axis}": out.strides[i] // 2 for i, axis in enumerate(("batch", "head", "seq"))}
+    values |= {"num_tiles": heads * tiles, "tiles_query": tiles, "num_heads_q": num_heads_q}
+    values |= {"seq_len_q": seq, "head_dim_v": head_dim}
+    _launch(spec, 1, values, source)
+    result = lse.copy()
+    lse[...] = CANARY
+    assert (lse_buffer == np.float32(CANARY)).all(), "the kernel wrote outside the lse"
+    return out, result

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.edits import Edit, edited, swap
+
 SOURCE = Path(__file__).parents[1] / "forward_hopper.py"
 
 
@@ -21,14 +23,7 @@ class PlantedFault:
     name: str
     tool: str
     finding: str
-    edits: tuple[tuple[str, str], ...]
-
-    def plant(self, source: str) -> str:
-        for old, new in self.edits:
-            if source.count(old) != 1:
-                raise ValueError(f"{self.name}: {source.count(old)} places for {old!r}")
-            source = source.replace(old, new)
-        return source
+    edits: tuple[Edit, ...]
 
 
 LSE_STORE = "gl.store(lse + head.to(gl.int64) * p.seq_len_q + rows, value, mask=rows < p.seq_len_q)"
@@ -40,7 +35,7 @@ FAULTS = (
         "out_of_bounds_store",
         "memcheck",
         "Invalid __global__ write of size 4 bytes",
-        (("gl.store(lse + head.to(gl.int64) * p.seq_len_q", "gl.store(lse + (head.to(gl.int64) + 2**44)"),),
+        (swap("gl.store(lse + head.to(gl.int64) * p.seq_len_q", "gl.store(lse + (head.to(gl.int64) + 2**44)"),),
     ),
     # The last head's rows beyond seq_len_q: needs a seq_len_q that is no multiple of 128 and an allocation that ends
     # with the log-sum-exp.
@@ -48,7 +43,7 @@ FAULTS = (
         "missing_store_mask",
         "memcheck",
         "Invalid __global__ write of size 4 bytes",
-        ((LSE_STORE, LSE_STORE.replace(", mask=rows < p.seq_len_q", "")),),
+        (swap(LSE_STORE, LSE_STORE.replace(", mask=rows < p.seq_len_q", "")),),
     ),
     # Half of each warp does not reach the barrier. The hardware counts warps, so the kernel still ends.
     PlantedFault(
@@ -56,7 +51,7 @@ FAULTS = (
         "synccheck",
         "Divergent thread(s) in warp",
         (
-            (
+            swap(
                 'gl.inline_asm("bar.sync 8, 256;")',
                 'gl.inline_asm("{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.lt.u32 p, lane, 16;'
                 ' @p bar.sync 8, 256; }")',
@@ -68,7 +63,7 @@ FAULTS = (
         "uninitialised_mbarrier",
         "synccheck",
         "Missing init",
-        (("        mbarrier.init(full.index(stage), count=1)\n", ""),),
+        (swap("        mbarrier.init(full.index(stage), count=1)\n", ""),),
     ),
     # Needs a log-sum-exp that nobody has filled.
     PlantedFault(
@@ -76,7 +71,7 @@ FAULTS = (
         "initcheck",
         "Uninitialized __global__ memory read of size 4 bytes",
         (
-            (
+            swap(
                 LSE_STORE,
                 f"old = {LSE_LOAD}; {LSE_STORE.replace('value', 'gl.where(old == 0.5, old, value)')}",
             ),
@@ -88,4 +83,4 @@ FAULTS = (
 def planted_sources() -> Iterator[tuple[PlantedFault, str]]:
     """Every fault, and the text of the kernel with it."""
     source = SOURCE.read_text()
-    return ((fault, fault.plant(source)) for fault in FAULTS)
+    return ((fault, edited(source, fault.edits)) for fault in FAULTS)

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 
 from kernels import compile, emulator, specs
+from kernels.edits import Edit, drop, edited, insert, move, swap
 from kernels.tests.planted_faults import planted_sources
 
 KERNELS = Path(__file__).parents[1]
@@ -498,39 +498,6 @@ def test_the_order_shares_the_work(tiles_query: int) -> None:
 
 # Each fault is a list of edits of the kernel's text. All have to be noticed by some case of the suite: as an error of
 # the emulator, or as a wrong number.
-Edit = Callable[[str], str]
-
-
-def swap(old: str, new: str) -> Edit:
-    def edit(text: str) -> str:
-        assert text.count(old) == 1, f"{text.count(old)} places for {old!r}"
-        return text.replace(old, new)
-
-    return edit
-
-
-def _line(text: str, line: str) -> re.Match[str]:
-    """The only line that starts with `line`, after its indentation."""
-    found = list(re.finditer(rf"^( *){re.escape(line)}.*\n", text, re.M))
-    assert len(found) == 1, f"{len(found)} lines {line!r}"
-    return found[0]
-
-
-def drop(line: str) -> Edit:
-    """A statement becomes `pass`."""
-    return lambda text: text.replace(_line(text, line)[0], f"{_line(text, line)[1]}pass\n")
-
-
-def insert(line: str, before: str) -> Edit:
-    return lambda text: text.replace(
-        _line(text, before)[0], f"{_line(text, before)[1]}{line}\n{_line(text, before)[0]}"
-    )
-
-
-def move(line: str, before: str) -> list[Edit]:
-    return [drop(line), insert(line, before)]
-
-
 FAULTS: dict[str, list[Edit]] = {
     "empty: phase": [swap("& 1) ^ 1)", "& 1))")],
     "empty: no wait": [drop("mbarrier.wait(self.empty")],
@@ -922,10 +889,7 @@ def test_the_suite_accepts_the_kernel() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault: str) -> None:
-    text = SOURCE
-    for edit in FAULTS[fault]:
-        text = edit(text)
-    assert noticed(text)
+    assert noticed(edited(SOURCE, FAULTS[fault]))
 
 
 # --- machine code ---
