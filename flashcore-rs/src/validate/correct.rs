@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::case::{Case, Special};
+use super::case::{Case, Order, Special, SpecialTensor};
 use super::host::{Damage, HostTensor};
 use super::inputs::Inputs;
 use super::subject::{Ran, Subject};
@@ -186,9 +186,17 @@ impl Outcome {
     /// Whether a row (batch, head and position in one number) may be NaN although it does not see the special key: when
     /// its tile of query rows visits the key's tile.
     fn may_spread(&self, case: &Case, problem: &Problem, row: usize) -> bool {
-        let (Some(Special { key, .. }), Some([tile_q, tile_k])) = (case.special, self.ran.tile) else { return false };
+        let (Some(Special { key, tensor, .. }), Some([tile_q, tile_k])) = (case.special, self.ran.tile) else {
+            return false;
+        };
+        let order = match tensor {
+            SpecialTensor::Query => return false,
+            SpecialTensor::Key => case.memory[1].order,
+            SpecialTensor::Value => case.memory[2].order,
+        };
         let (head, i) = (row / problem.seq_len_q, row % problem.seq_len_q);
-        if head >= problem.group() {
+        let heads = if order == Order::Expanded { problem.num_heads_q } else { problem.group() };
+        if head >= heads {
             return false;
         }
         let first = i / tile_q * tile_q;

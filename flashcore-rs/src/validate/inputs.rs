@@ -59,6 +59,7 @@ impl Inputs {
         };
         if let Some(special) = case.special {
             let tensor = match special.tensor {
+                SpecialTensor::Query => &mut inputs.query,
                 SpecialTensor::Key => &mut inputs.key,
                 SpecialTensor::Value => &mut inputs.value,
             };

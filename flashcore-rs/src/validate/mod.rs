@@ -2,6 +2,7 @@
 //!
 //! - [`Case`] is a problem as data; [`matrix`] lists the problems that the library must solve, [`classic`] the nine that
 //!   it is measured on.
+//!   [`random_cases`] draws more.
 //! - A [`Subject`] computes attention: a [`Runtime`](crate::Runtime) on a device or on the CPU.
 //! - [`check`] draws independent inputs from a seed, runs a subject into poisoned memory, and judges what it wrote against
 //!   the fp64 oracle.
@@ -18,7 +19,9 @@ mod host;
 mod inputs;
 mod matrix;
 mod measure;
+pub mod mutants;
 mod properties;
+mod random;
 mod report;
 pub mod stats;
 mod subject;
@@ -35,6 +38,7 @@ pub use self::inputs::Inputs;
 pub use self::matrix::{Extent, classic, matrix};
 pub use self::measure::{Arm, Floor, LAUNCHES, Measurement, Protocol, Summary, measure};
 pub use self::properties::{PropertyVerdict, check_properties, property_cases};
+pub use self::random::{random_cases, random_cases_of};
 pub use self::report::{CorrectRow, Environment, Evidence, MeasureRow};
 pub use self::subject::{Ran, Subject};
 
