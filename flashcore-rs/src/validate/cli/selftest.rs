@@ -1,0 +1,198 @@
+//! `selftest`: can this program fail, and does it do so as often as it says?
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::super::case::Case;
+use super::super::matrix::{Extent, classic, matrix};
+use super::super::measure::{ArmSpec, Mode, Protocol, Source, Suite};
+use super::super::mutants::{Kill, Mutant, hunt, mutants};
+use super::super::open;
+use super::super::stats::{Outcome, Plan, calibrate};
+use super::measure::sampled;
+use super::{Exit, Options, Result, Session, ordinal};
+use crate::tensor::Device;
+
+/// What to test with.
+#[derive(Args)]
+pub(super) struct Arguments {
+    /// Folder of bundles with wrong kernels, and their list mutants.json: each must give a wrong result
+    #[arg(long, value_name = "DIR")]
+    mutants: Option<PathBuf>,
+    /// Bundles with slower kernels: each must be called a regression from the embedded one
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    slow: Vec<PathBuf>,
+}
+
+/// A wrong kernel, and what it came to.
+#[derive(Serialize)]
+struct MutantRow {
+    name: String,
+    description: String,
+    /// `cpu`, or where the machine code ran.
+    device: String,
+    killed: bool,
+    /// The case that gave it away, and how.
+    case: Option<String>,
+    reason: Option<String>,
+}
+
+/// A comparison with a known answer.
+#[derive(Serialize)]
+struct PlantedRow {
+    name: String,
+    baseline: String,
+    candidate: String,
+    mode: Mode,
+    expected: Outcome,
+    found: Outcome,
+    ratio: f64,
+    mde: f64,
+    pass: bool,
+}
+
+/// An entry of `mutants.json`.
+#[derive(Deserialize)]
+struct Listed {
+    name: String,
+    description: String,
+    file: String,
+    /// Words that the names of cases have which may give it away.
+    #[serde(default)]
+    filter: String,
+}
+
+pub(super) fn run(arguments: &Arguments, options: &Options) -> Result<Exit> {
+    let mut session = Session::new("selftest", options)?;
+    calibration(options, &mut session)?;
+    cpu_mutants(options, &mut session)?;
+    if let Some(folder) = &arguments.mutants {
+        bundle_mutants(folder, options, &mut session)?;
+    }
+    planted(arguments, options, &mut session)?;
+    session.finish(options)
+}
+
+fn exit(pass: bool) -> Exit {
+    if pass { Exit::Pass } else { Exit::Selftest }
+}
+
+/// Verdicts on samples with a known answer.
+fn calibration(options: &Options, session: &mut Session) -> Result<()> {
+    let mut plan = if options.quick { Plan::quick() } else { Plan::default() };
+    plan.settings.seed = options.seed;
+    session.ui.phase("calibrate", plan.suites);
+    for row in calibrate(&plan, &mut || session.ui.done()) {
+        session.ended(exit(row.met));
+        session.evidence.push("calibration", &row)?;
+    }
+    Ok(())
+}
+
+/// The wrong kernels of the CPU.
+fn cpu_mutants(options: &Options, session: &mut Session) -> Result<()> {
+    let all: Vec<_> = mutants().collect();
+    session.ui.phase("mutants", all.len());
+    for (fault, description) in all {
+        session.ui.doing(description);
+        let kill = hunt(&Mutant(Some(fault)), &matrix(Extent::Quick), options.seed);
+        mutant(format!("{fault:?}"), description.into(), "cpu".into(), kill, session)?;
+        session.ui.done();
+    }
+    Ok(())
+}
+
+fn mutant(name: String, description: String, device: String, kill: Option<Kill>, session: &mut Session) -> Result<()> {
+    session.ended(exit(kill.is_some()));
+    let killed = kill.is_some();
+    let (case, reason) = kill.map(|kill| (kill.case, kill.reason)).unzip();
+    Ok(session.evidence.push("mutant", &MutantRow { name, description, device, killed, case, reason })?)
+}
+
+/// The wrong kernels that are machine code.
+fn bundle_mutants(folder: &Path, options: &Options, session: &mut Session) -> Result<()> {
+    let ordinal = match session.runtime.device() {
+        Device::Cuda(ordinal) => ordinal,
+        Device::Cpu => return Err("--mutants needs a CUDA device: its kernels are machine code".into()),
+    };
+    let list = folder.join("mutants.json");
+    let listed: Vec<Listed> =
+        serde_json::from_slice(&open::read(&list)?).map_err(|error| format!("{}: {error}", list.display()))?;
+    let cases = matrix(options.extent());
+    session.ui.phase("mutant bundles", listed.len());
+    for Listed { name, description, file, filter } in listed {
+        session.ui.doing(&name);
+        let runtime = open::on_device(&Source::Bundle(folder.join(file)), ordinal)?;
+        let chosen = |case: &&Case| filter.split_whitespace().all(|word| case.to_string().contains(word));
+        let cases: Vec<Case> = cases.iter().filter(chosen).cloned().collect();
+        let kill = hunt(&runtime, &cases, options.seed);
+        mutant(name, description, session.runtime.device().to_string(), kill, session)?;
+        session.ui.done();
+    }
+    Ok(())
+}
+
+/// Comparisons with a known answer: the same code, the same with a delay, slower code.
+fn planted(arguments: &Arguments, options: &Options, session: &mut Session) -> Result<()> {
+    let device = session.runtime.device();
+    let own = match device {
+        Device::Cpu => ArmSpec::from(Source::Cpu),
+        Device::Cuda(_) => options.source().unwrap_or(Source::Embedded).into(),
+    };
+    // On the CPU nothing below a tenth is told apart from other programs' work.
+    let (delay_us, margin) = if device == Device::Cpu { (3000.0, 0.25) } else { (1.0, 0.005) };
+    let delayed = ArmSpec { delay_us, ..own.clone() };
+    let slow = arguments.slow.iter().map(|path| ArmSpec::from(Source::Bundle(path.clone())));
+    let expected = [(own.clone(), Outcome::Pass), (delayed, Outcome::Regression)];
+    for (candidate, expected) in expected.into_iter().chain(slow.map(|arm| (arm, Outcome::Regression))) {
+        let rows = compared(&own, &candidate, margin, options, session)?;
+        for row in rows {
+            let pass = match expected {
+                // What must not happen between equals is a regression; more samples would decide the rest.
+                Outcome::Pass => row.outcome != Outcome::Regression,
+                expected => row.outcome == expected,
+            };
+            session.ended(exit(pass));
+            let planted = PlantedRow {
+                name: row.name,
+                baseline: own.to_string(),
+                candidate: candidate.to_string(),
+                mode: row.mode,
+                expected,
+                found: row.outcome,
+                ratio: row.comparison.ratio,
+                mde: row.judged.mde,
+                pass,
+            };
+            session.evidence.push("planted", &planted)?;
+        }
+    }
+    Ok(())
+}
+
+fn compared(
+    baseline: &ArmSpec,
+    candidate: &ArmSpec,
+    margin: f64,
+    options: &Options,
+    session: &mut Session,
+) -> Result<Vec<super::super::summary::CompareRow>> {
+    let device = session.runtime.device();
+    let protocol = Protocol::for_device(device, options.quick);
+    let (cases, protocol) = match device {
+        Device::Cpu => {
+            let case = Case::new("selftest", [2, 2], [128, 128], 64).batch(1).without_lse();
+            (vec![case], Protocol { processes: 5, blocks: 5, samples: 4, warmup: 20, ..protocol })
+        }
+        Device::Cuda(_) => (classic(), Protocol { modes: vec![Mode::Graph], ..protocol }),
+    };
+    let protocol = Protocol { margin, seed: options.seed, ..protocol };
+    let arms = vec![baseline.clone(), candidate.clone()];
+    let suite = Suite { cases, arms, ordinal: ordinal(&session.runtime), protocol };
+    // The samples of this are no evidence of the kernels.
+    let document =
+        sampled(suite, &[std::env::current_exe()?.into()], options, &session.evidence, false, &mut session.ui)?;
+    Ok(document.measured().compared())
+}

@@ -1,0 +1,34 @@
+//! Runtimes for what the command line names.
+
+use std::path::Path;
+
+use super::measure::Source;
+use crate::runtime::Runtime;
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// Opens a device with the code that a source names.
+///
+/// # Errors
+/// As [`RuntimeBuilder::build`](crate::runtime::RuntimeBuilder::build); when a file cannot be read.
+pub(super) fn on_device(source: &Source, ordinal: u32) -> Result<Runtime> {
+    let builder = Runtime::builder().ordinal(ordinal);
+    let builder = match source {
+        Source::Arch(arch) => builder.arch(arch),
+        Source::Bundle(path) => {
+            let bytes = read(path)?;
+            // SAFETY: whoever names a bundle on the command line vouches for it, as for the program itself.
+            #[expect(unsafe_code, reason = "kernels that the user names")]
+            unsafe {
+                builder.bundle(bytes)
+            }
+        }
+        Source::Embedded | Source::Cpu | Source::Reference | Source::External(_) => builder,
+    };
+    Ok(builder.build()?)
+}
+
+/// The bytes of a file; the error names it.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()).into())
+}
