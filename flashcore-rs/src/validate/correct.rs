@@ -32,6 +32,8 @@ pub struct Verdict {
     pub refused: Option<String>,
     /// Whether the call was refused because no kernel answers it.
     pub unsupported: bool,
+    /// Whether the device failed at it.
+    pub device_failed: bool,
     /// The whole verdict.
     #[serde(rename = "correct")]
     pub pass: bool,
@@ -48,6 +50,7 @@ impl Verdict {
             irreproducible: 0,
             refused: Some(error.to_string()),
             unsupported: matches!(error, Error::Unsupported(_)),
+            device_failed: matches!(error, Error::Driver { .. } | Error::ContextLost { .. }),
             pass: false,
         }
     }
@@ -142,6 +145,7 @@ impl Outcome {
             irreproducible: 0,
             refused: None,
             unsupported: false,
+            device_failed: false,
             pass: true,
         };
         let problem = problem_of(inputs, &self.out, self.lse.is_some())?;

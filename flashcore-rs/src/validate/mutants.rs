@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::case::Case;
 use super::correct::{check_repeatedly, problem_of};
@@ -110,7 +110,7 @@ pub fn mutants() -> impl Iterator<Item = (Fault, &'static str)> {
 pub struct Mutant(pub Option<Fault>);
 
 /// What gave a wrong subject away.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Kill {
     /// The case's name.
     pub case: String,
@@ -123,7 +123,7 @@ pub struct Kill {
 pub fn hunt(subject: &dyn Subject, cases: &[Case], seed: u64) -> Option<Kill> {
     in_order(cases).into_iter().find_map(|case| {
         let verdict = check_repeatedly(subject, case, seed, 2);
-        let wrong = !verdict.pass && verdict.refused.is_none();
+        let wrong = !verdict.pass && (verdict.refused.is_none() || verdict.device_failed);
         let oracle = wrong.then(|| verdict.reason());
         let reason = oracle.or_else(|| {
             let verdicts = if case.family == "property" { check_properties(subject, case, seed) } else { Vec::new() };

@@ -71,6 +71,9 @@ enum Command {
     /// Audits machine code: does it branch on, or address by, the values it processes?
     #[cfg(feature = "audit")]
     Ct(crate::audit::cli::CtArguments),
+    /// Looks for a case that a bundle gets wrong; what `selftest` starts
+    #[command(hide = true)]
+    Hunt,
     /// Measures a suite that is read from standard input; what `measure` starts
     #[command(hide = true)]
     MeasureProcess {
@@ -172,6 +175,7 @@ fn run(cli: &Cli) -> Result<Exit> {
         Some(Command::CtTime(arguments)) => ct_time::run(arguments, options),
         #[cfg(feature = "audit")]
         Some(Command::Ct(arguments)) => audit(arguments, options),
+        Some(Command::Hunt) => selftest::hunt_bundle(options),
         Some(Command::MeasureProcess { process }) => measure::process(*process),
     }
 }

@@ -1,6 +1,8 @@
 //! `selftest`: can this program fail, and does it do so as often as it says?
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -10,10 +12,14 @@ use super::super::matrix::{Extent, classic, matrix};
 use super::super::measure::{ArmSpec, Mode, Protocol, Source, Suite};
 use super::super::mutants::{Kill, Mutant, hunt, mutants};
 use super::super::open;
+use super::super::properties::property_cases;
 use super::super::stats::{Outcome, Plan, calibrate};
 use super::measure::sampled;
-use super::{Exit, Options, Result, Session, ordinal};
+use super::{Exit, Options, Result, Session, ordinal, print};
 use crate::tensor::Device;
+
+/// A wrong kernel may never end.
+const HUNT_LIMIT: Duration = Duration::from_secs(120);
 
 /// What to test with.
 #[derive(Args)]
@@ -53,14 +59,18 @@ struct PlantedRow {
     pass: bool,
 }
 
-/// An entry of `mutants.json`.
+/// `mutants.json`, as `python -m kernels.mutants` writes it.
+#[derive(Deserialize)]
+struct Listing {
+    mutants: Vec<Listed>,
+}
+
 #[derive(Deserialize)]
 struct Listed {
     name: String,
     description: String,
-    file: String,
+    file: PathBuf,
     /// Words that the names of cases have which may give it away.
-    #[serde(default)]
     filter: String,
 }
 
@@ -91,13 +101,20 @@ fn calibration(options: &Options, session: &mut Session) -> Result<()> {
     Ok(())
 }
 
+/// The problems that wrong kernels are run on.
+fn prey(extent: Extent, filter: &str) -> Vec<Case> {
+    let all = matrix(extent).into_iter().chain(property_cases(Extent::Quick));
+    all.filter(|case| filter.split_whitespace().all(|word| case.to_string().contains(word))).collect()
+}
+
 /// The wrong kernels of the CPU.
 fn cpu_mutants(options: &Options, session: &mut Session) -> Result<()> {
     let all: Vec<_> = mutants().collect();
+    let cases = prey(Extent::Default, "");
     session.ui.phase("mutants", all.len());
     for (fault, description) in all {
         session.ui.doing(description);
-        let kill = hunt(&Mutant(Some(fault)), &matrix(Extent::Quick), options.seed);
+        let kill = hunt(&Mutant(Some(fault)), &cases, options.seed);
         mutant(format!("{fault:?}"), description.into(), "cpu".into(), kill, session)?;
         session.ui.done();
     }
@@ -111,27 +128,62 @@ fn mutant(name: String, description: String, device: String, kill: Option<Kill>,
     Ok(session.evidence.push("mutant", &MutantRow { name, description, device, killed, case, reason })?)
 }
 
-/// The wrong kernels that are machine code.
+/// The wrong kernels that are machine code, each in a process of its own: what they do to the device ends with it.
 fn bundle_mutants(folder: &Path, options: &Options, session: &mut Session) -> Result<()> {
     let ordinal = match session.runtime.device() {
         Device::Cuda(ordinal) => ordinal,
         Device::Cpu => return Err("--mutants needs a CUDA device: its kernels are machine code".into()),
     };
     let list = folder.join("mutants.json");
-    let listed: Vec<Listed> =
+    let listing: Listing =
         serde_json::from_slice(&open::read(&list)?).map_err(|error| format!("{}: {error}", list.display()))?;
-    let cases = matrix(options.extent());
-    session.ui.phase("mutant bundles", listed.len());
-    for Listed { name, description, file, filter } in listed {
+    session.ui.phase("mutant bundles", listing.mutants.len());
+    for Listed { name, description, file, filter } in listing.mutants {
         session.ui.doing(&name);
-        let runtime = open::on_device(&Source::Bundle(folder.join(file)), ordinal)?;
-        let chosen = |case: &&Case| filter.split_whitespace().all(|word| case.to_string().contains(word));
-        let cases: Vec<Case> = cases.iter().filter(chosen).cloned().collect();
-        let kill = hunt(&runtime, &cases, options.seed);
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["hunt", "--filter", &filter, "--seed", &options.seed.to_string()])
+            .args(["--device", &format!("cuda:{ordinal}"), "--bundle"])
+            .arg(folder.join(file))
+            .args(options.full.then_some("--full"));
+        let kill = match output_within(&mut command, HUNT_LIMIT)? {
+            Some(hunted) if hunted.status.success() => serde_json::from_slice(&hunted.stdout)?,
+            Some(hunted) => {
+                let said = String::from_utf8_lossy(&hunted.stderr);
+                let last = said.lines().last().unwrap_or_default();
+                return Err(
+                    format!("mutant {name}: the process that runs it ended with {}: {last}", hunted.status).into()
+                );
+            }
+            None => Some(Kill { case: "unknown".into(), reason: format!("did not end within {HUNT_LIMIT:?}") }),
+        };
         mutant(name, description, session.runtime.device().to_string(), kill, session)?;
         session.ui.done();
     }
     Ok(())
+}
+
+/// What a program writes; `None` when it had to be ended.
+fn output_within(command: &mut Command, limit: Duration) -> Result<Option<Output>> {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let start = Instant::now();
+    while child.try_wait()?.is_none() {
+        if start.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(Some(child.wait_with_output()?))
+}
+
+/// The command `hunt`: one bundle, and the case that gives it away as JSON.
+pub(super) fn hunt_bundle(options: &Options) -> Result<Exit> {
+    let (runtime, _) = options.open()?;
+    let kill = hunt(&runtime, &prey(options.extent(), &options.filter), options.seed);
+    print(&serde_json::to_string(&kill)?);
+    Ok(Exit::Pass)
 }
 
 /// Comparisons with a known answer: the same code, the same with a delay, slower code.
