@@ -31,7 +31,7 @@ mod ui;
 mod tests;
 
 pub use self::case::{Case, Hidden, Mask, MaskType, Memory, Order, Special, SpecialTensor, SpecialValue};
-pub use self::correct::{Verdict, check, check_repeatedly};
+pub use self::correct::{Verdict, check, check_repeatedly, check_variant};
 pub use self::host::{Damage, HostTensor};
 pub use self::inputs::Inputs;
 pub use self::matrix::{Extent, classic, matrix};
