@@ -89,8 +89,15 @@ pub fn check(subject: &dyn Subject, case: &Case, seed: u64) -> Verdict {
 
 /// Runs a case `repeats` times, judges the first output, and compares the others with it bit by bit.
 pub fn check_repeatedly(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize) -> Verdict {
+    check_variant(subject, case, seed, repeats, None)
+}
+
+/// As [`check_repeatedly`], of the variant of this name: one of [`Subject::variants`]. `None` leaves the choice to the
+/// subject.
+pub fn check_variant(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize, variant: Option<&str>) -> Verdict {
     let attempt = || -> Result<Verdict> {
-        let inputs = Inputs::draw(case, seed)?;
+        let mut inputs = Inputs::draw(case, seed)?;
+        inputs.variant = variant.map(str::to_owned);
         let first = Outcome::new(subject, case, &inputs)?;
         let mut verdict = first.judge(case, &inputs)?;
         for _ in 1..repeats {

@@ -186,6 +186,9 @@ impl HostTensor {
     }
 
     /// One element; an index along a dimension of size 1 counts as 0, so that a mask broadcasts.
+    ///
+    /// # Panics
+    /// When the index lies outside the memory.
     pub fn get(&self, index: [usize; 4]) -> f32 {
         let Layout { shape, strides, .. } = self.layout;
         let at = |dim: usize| if shape[dim] == 1 { 0 } else { index[dim] };

@@ -38,7 +38,7 @@ mod tests;
 pub use self::baseline::{Document, compare_documents};
 pub use self::case::{Case, Hidden, Mask, MaskType, Memory, Order, Special, SpecialTensor, SpecialValue};
 pub use self::casefile::CaseFile;
-pub use self::correct::{Verdict, check, check_repeatedly};
+pub use self::correct::{Verdict, check, check_repeatedly, check_variant};
 pub use self::environment::{Board, BundleRecord, Environment, Gpu, State};
 pub use self::host::{Damage, HostTensor};
 pub use self::inputs::Inputs;

@@ -387,8 +387,9 @@ fn every_bundle_answers_every_case() {
         .map(|(arch, bytes)| crate::bundle::Bundle::parse(bytes).unwrap_or_else(|error| panic!("{arch}: {error}")))
         .collect();
     let mut missing = Vec::new();
-    for case in matrix(Extent::Default).iter().chain(&classic()) {
-        let inputs = Inputs::draw(case, 0).expect("inputs");
+    let others = property_cases(Extent::Default).into_iter().chain(random_cases(1000, 0));
+    for case in matrix(Extent::Default).iter().chain(&classic()).chain(&others.collect::<Vec<_>>()) {
+        let inputs = Inputs::undrawn(case).expect("inputs");
         let (out, lse) = Inputs::outputs(case).expect("outputs");
         let problem = correct::problem_of(&inputs, &out, lse.is_some()).expect("a problem");
         if problem.is_empty() {
@@ -425,6 +426,12 @@ fn a_device_is_driven_by_the_rules() {
             assert!(verdict.pass, "{arch}: {case}: {}", verdict.reason());
             let variant = verdict.variant.unwrap_or_default();
             assert!(variant.starts_with("attention_forward") || case.family == "empty", "{case}: {variant}");
+            let variants = runtime.variants(case).expect("variants");
+            assert!(case.family == "empty" || variants.contains(&variant), "{case}: {variant} is not in {variants:?}");
+            if let Some(variant) = variants.last() {
+                let pinned = check_variant(&runtime, case, 0, 1, Some(variant));
+                assert!(pinned.pass && pinned.variant.as_ref() == Some(variant), "{case}: {}", pinned.reason());
+            }
         }
         for case in property_cases(Extent::Quick).iter().step_by(10) {
             let verdicts = check_properties(&runtime, case, 1);
