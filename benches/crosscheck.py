@@ -119,32 +119,38 @@ def order_interval(ordered: Array, p: float, ess: float) -> dict[str, float] | N
 
 
 def quantum(x: Array) -> float | None:
-    """The greatest step of which all differences are multiples, up to a twentieth of it and the rounding of floats."""
+    """The greatest step of which all differences are multiples, up to the rounding of floats."""
     ordered = np.unique(x)
-    rounding = np.abs(ordered).max() * 2.0**-22
-    steps = np.unique(np.diff(ordered))
-    steps = steps[steps > rounding]
-    if not steps.size:
+    rounding = float(np.abs(ordered).max()) * 2.0**-22
+    spans = (ordered - ordered[0])[ordered - ordered[0] > rounding].tolist()
+    if not spans:
         return None
-    divisor = steps[0]
-    for step in steps:
-        larger, smaller = step, divisor
-        while (rest := abs(larger - smaller * round(larger / smaller))) > max(rounding, smaller / 20):
-            larger, smaller = smaller, rest
-        divisor = smaller
-        if divisor < 8 * rounding:
-            return None
-    counts = np.round(steps / divisor)
-    return float((counts @ steps) / (counts @ counts))
+    step = spans[0]
+    for last, span in itertools.pairwise(spans):
+        for divisor in itertools.count(1):
+            part = step / divisor
+            if part < 8 * rounding:
+                return None
+            if abs(math.remainder(span, part)) <= rounding * (1 + span / last):
+                break
+        step = span / round(span / part)
+    return float(step)
+
+
+def trimmed_square(x: Array) -> float:
+    """Mean square of a Gaussian from the smallest four fifths."""
+    z = stats.norm.ppf(0.9)
+    expected = 1 - 2 * z * stats.norm.pdf(z) / 0.8
+    return float(np.sort(x * x)[: math.ceil(0.8 * x.size)].mean() / expected)
 
 
 def filtered(x: Array) -> tuple[Array, float] | None:
     """The series without lone outliers, and the penalty of a change; None where nothing varies."""
     if x.size < 3:
         return None
-    one, two = (float(np.median(np.abs(x[lag:] - x[:-lag]))) for lag in (1, 2))
-    r = min(max((two / one) ** 2 - 1, 0.0), 0.9) if one > 0 else 0.0
-    sd = max(1.4826 * one / math.sqrt(2 * (1 - r)), (quantum(x) or 0.0) / 2)
+    one, two = (trimmed_square(x[lag:] - x[:-lag]) for lag in (1, 2))
+    r = min(max(two / one - 1, 0.0), 0.9) if one > 0 else 0.0
+    sd = max(math.sqrt(one / (2 * (1 - r))), (quantum(x) or 0.0) / 2)
     if sd == 0:
         return None
     y = x - np.median(x)
