@@ -164,7 +164,9 @@ pub fn outcomes(evidence: &Evidence) -> Vec<TestOutcome> {
 fn outcome(row: &Value) -> Option<TestOutcome> {
     let kind = row["kind"].as_str()?;
     let (name, failure) = match kind {
-        "correct" | "repeat" => (text(&row["name"]), (row["correct"] != true).then(|| text(&row["reason"]))),
+        "correct" | "repeat" | "variant" => {
+            (text(&row["name"]), (row["correct"] != true).then(|| text(&row["reason"])))
+        }
         "property" => (
             format!("{} of {}", text(&row["property"]), text(&row["case"])),
             (row["pass"] != true).then(|| text(&row["reason"])),
@@ -178,8 +180,9 @@ fn outcome(row: &Value) -> Option<TestOutcome> {
         }
         "mutant" => (text(&row["name"]), (row["killed"] != true).then(|| "lives".to_owned())),
         "planted" => {
-            let name = format!("{} {} as {}", text(&row["name"]), text(&row["candidate"]), text(&row["expected"]));
-            (name, (row["pass"] != true).then(|| format!("found {}", text(&row["found"]))))
+            let name =
+                format!("{} {}, expected {}", text(&row["candidate"]), text(&row["mode"]), text(&row["expected"]));
+            (name, (row["pass"] != true).then(|| format!("{} regressions", row["regressions"])))
         }
         _ => return None,
     };
@@ -204,7 +207,8 @@ fn compared(row: &Value) -> String {
 /// Failures for people, as many as a screen holds.
 pub fn failures(evidence: &Evidence) -> Vec<String> {
     let failed: Vec<_> = outcomes(evidence).into_iter().filter_map(|test| Some((test.name, test.failure?))).collect();
-    let mut lines: Vec<String> = failed.iter().take(SHOWN).map(|(name, why)| format!("FAILED {name}: {why}")).collect();
+    let mut lines: Vec<String> =
+        failed.iter().take(SHOWN).map(|(name, why)| format!("NOT PASSED {name}: {why}")).collect();
     if failed.len() > SHOWN {
         lines.push(format!("... and {} more", failed.len() - SHOWN));
     }
@@ -271,10 +275,12 @@ fn correct_table(evidence: &Evidence) -> (String, Table) {
     let repeats: Vec<&Value> = evidence.of_kind("repeat").collect();
     let failed = |rows: &mut dyn Iterator<Item = &Value>| rows.filter(|row| row["correct"] != true).count();
     let title = format!(
-        "Correctness against the fp64 oracle (e <= 1.5 e_ref + 1 ulp): {} problems, {} failed; {} of them run {} times, {} \
-         not bit-identical.",
+        "Correctness against the fp64 oracle (e <= 1.5 e_ref + 1 ulp): {} problems, {} failed; pinned to each \
+         variant that can compute them {}, {} failed; {} run {} times, {} not bit-identical.",
         evidence.of_kind("correct").count(),
         failed(&mut evidence.of_kind("correct")),
+        evidence.of_kind("variant").count(),
+        failed(&mut evidence.of_kind("variant")),
         repeats.len(),
         repeats.first().and_then(|row| row["repeats"].as_u64()).unwrap_or_default(),
         failed(&mut repeats.iter().copied()),
@@ -402,21 +408,25 @@ fn mutant_table(evidence: &Evidence) -> (String, Table) {
 }
 
 fn planted_table(evidence: &Evidence) -> (String, Table) {
-    let mut table =
-        new_table(&["candidate", "mode", "case", "ratio", "would find, %", "expected", "found", "as it should"]);
+    let header = ["candidate", "mode", "ratios", "regression", "inconclusive", "pass", "expected", "as it should"];
+    let mut table = new_table(&header);
     for row in evidence.of_kind("planted") {
+        let ratio = |end: fn(f64, f64) -> f64| {
+            let ratios = row["ratios"].as_array().into_iter().flatten().filter_map(Value::as_f64);
+            ratios.reduce(end).map_or_else(|| "-".into(), |ratio| format!("{ratio:.4}"))
+        };
         table.add_row([
             text(&row["candidate"]),
             text(&row["mode"]),
-            text(&row["name"]),
-            figure(&row["ratio"], 4),
-            percent(&row["mde"]),
+            format!("{}..{}", ratio(f64::min), ratio(f64::max)),
+            text(&row["regressions"]),
+            text(&row["inconclusive"]),
+            text(&row["passes"]),
             text(&row["expected"]),
-            text(&row["found"]),
             if row["pass"] == true { "yes" } else { "NO" }.into(),
         ]);
     }
-    ("Comparisons with a known answer.".into(), table)
+    ("Comparisons with a known answer: how many cases came to which verdict.".into(), table)
 }
 
 /// Classes of inputs beside the reference.

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::super::case::Case;
-use super::super::correct::{Verdict, check_repeatedly};
+use super::super::correct::{Verdict, check_variant};
 use super::super::matrix::{Extent, matrix};
 use super::super::properties::{check_properties, property_cases};
 use super::super::random::random_cases;
@@ -25,11 +25,14 @@ pub(super) struct Arguments {
     /// Random problems, instead of as many as the extent has
     #[arg(long, value_name = "N")]
     random: Option<usize>,
+    /// Every variant that can compute a case, not only the one that the runtime prefers; --full does so too
+    #[arg(long)]
+    every_variant: bool,
 }
 
 impl Default for Arguments {
     fn default() -> Self {
-        Self { repeats: 10, random: None }
+        Self { repeats: 10, random: None, every_variant: false }
     }
 }
 
@@ -80,12 +83,15 @@ pub(super) fn check(cases: &[Case], arguments: &Arguments, options: &Options, se
     let small: Vec<&Case> = cases.iter().filter(|case| case.judged_heads.is_empty()).collect();
     let sample: Vec<&Case> = small.iter().step_by(small.len().div_ceil(REPEATED).max(1)).copied().collect();
     repeatedly(&runtime, &sample, arguments, options, session)?;
+    if arguments.every_variant || options.full {
+        on_every_variant(&runtime, &small, options, session)?;
+    }
     properties(&runtime, options, session)
 }
 
-fn judge(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize) -> Row {
+fn judge(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize, variant: Option<&str>) -> Row {
     let start = Instant::now();
-    let verdict = check_repeatedly(subject, case, seed, repeats);
+    let verdict = check_variant(subject, case, seed, repeats, variant);
     let seconds = start.elapsed().as_secs_f64();
     Row { name: case.to_string(), case: case.clone(), repeats, reason: verdict.reason(), verdict, seconds }
 }
@@ -100,7 +106,7 @@ fn once(subject: &dyn Subject, cases: &[Case], options: &Options, session: &mut 
         let mut passed = 0;
         for case in family {
             session.ui.doing(&case.to_string());
-            let row = judge(subject, case, options.seed, 1);
+            let row = judge(subject, case, options.seed, 1, None);
             passed += usize::from(row.verdict.pass);
             session.ended(exit(row.verdict.pass));
             session.evidence.push("correct", &row)?;
@@ -121,9 +127,24 @@ fn repeatedly(
     session.ui.phase("repeat", cases.len());
     for case in cases {
         session.ui.doing(&case.to_string());
-        let row = judge(subject, case, options.seed, arguments.repeats as usize);
+        let row = judge(subject, case, options.seed, arguments.repeats as usize, None);
         session.ended(exit(row.verdict.pass));
         session.evidence.push("repeat", &row)?;
+        session.ui.done();
+    }
+    Ok(())
+}
+
+/// What the runtime seldom prefers is held to the same rule.
+fn on_every_variant(subject: &dyn Subject, cases: &[&Case], options: &Options, session: &mut Session) -> Result<()> {
+    session.ui.phase("variants", cases.len());
+    for case in cases {
+        session.ui.doing(&case.to_string());
+        for variant in subject.variants(case)? {
+            let row = judge(subject, case, options.seed, 1, Some(&variant));
+            session.ended(exit(row.verdict.pass));
+            session.evidence.push("variant", &row)?;
+        }
         session.ui.done();
     }
     Ok(())
@@ -174,7 +195,7 @@ mod tests {
         let evidence = Evidence::new("test", "unknown", environment);
         let mut session = Session { runtime, ui: Ui::new(), evidence, exit: Exit::Pass };
         let cases = [Case::new("test", [1, 1], [4, 4], 8), Case::new("test", [1, 1], [5, 5], 8)];
-        let arguments = Arguments { repeats: 2, random: None };
+        let arguments = Arguments { repeats: 2, ..Arguments::default() };
         once(subject, &cases, &cli.options, &mut session).expect("a run");
         let all: Vec<&Case> = cases.iter().collect();
         repeatedly(subject, &all, &arguments, &cli.options, &mut session).expect("a run");

@@ -14,6 +14,7 @@ use super::super::mutants::{Kill, Mutant, hunt, mutants};
 use super::super::open;
 use super::super::properties::property_cases;
 use super::super::stats::{Outcome, Plan, calibrate};
+use super::super::summary::CompareRow;
 use super::measure::sampled;
 use super::{Exit, Options, Result, Session, ordinal, print};
 use crate::tensor::Device;
@@ -30,6 +31,9 @@ pub(super) struct Arguments {
     /// Bundles with slower kernels: each must be called a regression from the embedded one
     #[arg(long, value_name = "FILE", num_args = 1..)]
     slow: Vec<PathBuf>,
+    /// Bundles with the same kernels: none may be called a regression
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    same: Vec<PathBuf>,
 }
 
 /// A wrong kernel, and what it came to.
@@ -45,17 +49,20 @@ struct MutantRow {
     reason: Option<String>,
 }
 
-/// A comparison with a known answer.
+/// A comparison with a known answer: a suite in one mode.
 #[derive(Serialize)]
 struct PlantedRow {
-    name: String,
     baseline: String,
     candidate: String,
     mode: Mode,
     expected: Outcome,
-    found: Outcome,
-    ratio: f64,
-    mde: f64,
+    /// Candidate to baseline, by case.
+    ratios: Vec<f64>,
+    /// The smallest effects that would have been found, by case.
+    mde: Vec<f64>,
+    regressions: usize,
+    inconclusive: usize,
+    passes: usize,
     pass: bool,
 }
 
@@ -189,39 +196,45 @@ pub(super) fn hunt_bundle(options: &Options) -> Result<Exit> {
 /// Comparisons with a known answer: the same code, the same with a delay, slower code.
 fn planted(arguments: &Arguments, options: &Options, session: &mut Session) -> Result<()> {
     let device = session.runtime.device();
-    let own = match device {
-        Device::Cpu => ArmSpec::from(Source::Cpu),
-        Device::Cuda(_) => options.source().unwrap_or(Source::Embedded).into(),
-    };
+    let own: ArmSpec = match device {
+        Device::Cpu => Source::Cpu,
+        Device::Cuda(_) => options.source().unwrap_or(Source::Embedded),
+    }
+    .into();
     // On the CPU nothing below a tenth is told apart from other programs' work.
-    let (delay_us, margin) = if device == Device::Cpu { (3000.0, 0.25) } else { (1.0, 0.005) };
+    let (delay_us, margin) = if device == Device::Cpu { (20_000.0, 0.25) } else { (1.0, 0.005) };
     let delayed = ArmSpec { delay_us, ..own.clone() };
     let slow = arguments.slow.iter().map(|path| ArmSpec::from(Source::Bundle(path.clone())));
-    let expected = [(own.clone(), Outcome::Pass), (delayed, Outcome::Regression)];
-    for (candidate, expected) in expected.into_iter().chain(slow.map(|arm| (arm, Outcome::Regression))) {
+    let same = arguments.same.iter().map(|path| ArmSpec::from(Source::Bundle(path.clone())));
+    let equals = std::iter::once(own.clone()).chain(same).map(|arm| (arm, Outcome::Pass));
+    let slower = std::iter::once(delayed).chain(slow).map(|arm| (arm, Outcome::Regression));
+    for (candidate, expected) in equals.chain(slower) {
         let rows = compared(&own, &candidate, margin, options, session)?;
-        for row in rows {
-            let pass = match expected {
-                // What must not happen between equals is a regression; more samples would decide the rest.
-                Outcome::Pass => row.outcome != Outcome::Regression,
-                expected => row.outcome == expected,
-            };
-            session.ended(exit(pass));
-            let planted = PlantedRow {
-                name: row.name,
-                baseline: own.to_string(),
-                candidate: candidate.to_string(),
-                mode: row.mode,
-                expected,
-                found: row.outcome,
-                ratio: row.comparison.ratio,
-                mde: row.judged.mde,
-                pass,
-            };
-            session.evidence.push("planted", &planted)?;
+        for of_mode in rows.chunk_by(|one, next| one.mode == next.mode) {
+            let row = planted_row(&own, &candidate, expected, of_mode);
+            session.ended(exit(row.pass));
+            session.evidence.push("planted", &row)?;
         }
     }
     Ok(())
+}
+
+fn planted_row(own: &ArmSpec, candidate: &ArmSpec, expected: Outcome, rows: &[CompareRow]) -> PlantedRow {
+    let count = |outcome| rows.iter().filter(|row| row.outcome == outcome).count();
+    let regressions = count(Outcome::Regression);
+    PlantedRow {
+        baseline: own.to_string(),
+        candidate: candidate.to_string(),
+        mode: rows[0].mode,
+        expected,
+        ratios: rows.iter().map(|row| row.comparison.ratio).collect(),
+        mde: rows.iter().map(|row| row.judged.mde).collect(),
+        regressions,
+        inconclusive: count(Outcome::Inconclusive),
+        passes: count(Outcome::Pass),
+        // What must not happen between equals is a regression; more samples would decide the rest.
+        pass: (regressions > 0) == (expected == Outcome::Regression),
+    }
 }
 
 fn compared(
@@ -230,7 +243,7 @@ fn compared(
     margin: f64,
     options: &Options,
     session: &mut Session,
-) -> Result<Vec<super::super::summary::CompareRow>> {
+) -> Result<Vec<CompareRow>> {
     let device = session.runtime.device();
     let protocol = Protocol::for_device(device, options.quick);
     let (cases, protocol) = match device {
