@@ -240,12 +240,13 @@ def signed_rank_interval(values: Array) -> tuple[float, dict[str, float] | None]
     return float(np.median(walsh)), interval(walsh[rank - 1], walsh[-rank]) if rank else None
 
 
-def rounding(medians: Array, step: float) -> float:
-    """What a clock's step may add to the squared error of a log median."""
+def rounding(medians: Array, step: float) -> tuple[float, float]:
+    """What a clock's step does to log medians: the variance of one, and the mean square of their common bias."""
     if step == 0:
-        return 0.0
-    spread = 2 * math.pi * float(np.std(medians, ddof=1)) / step
-    return float((step / medians.mean()) ** 2 / 12 * math.exp(-(spread**2)))
+        return 0.0, 0.0
+    square = float((step / medians.mean()) ** 2 / 12)
+    spread = 2 * math.pi * float(np.std(medians - medians[0], ddof=1)) / step
+    return square, square * math.exp(-(spread**2))
 
 
 def draws(seed: int, counters: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
@@ -281,7 +282,8 @@ def compare(samples: Samples, protocol: Document) -> Document:
     arms = np.array([np.median(pairs, axis=0) for pairs in medians])
     same = np.all(samples.ns == samples.ns[0])
     step = float(samples.ns[0]) if same else quantum(samples.ns) or 0.0
-    squared = stats.sem(logs) ** 2 + rounding(arms[:, 0], step) + rounding(arms[:, 1], step)
+    variances, biases = zip(*(rounding(medians, step) for medians in arms.T), strict=True)
+    squared = max(float(np.var(logs, ddof=1)), sum(variances)) / logs.size + sum(biases)
     se, df, log_ratio = math.sqrt(squared), logs.size - 1, float(logs.mean())
     margin = math.log1p(protocol["margin"])
     hodges_lehmann, bounds = signed_rank_interval(logs)

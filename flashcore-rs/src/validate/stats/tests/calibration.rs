@@ -110,18 +110,22 @@ fn few_processes_are_inconclusive() {
     }
 }
 
-/// Noise that the protocol does not overcome costs detections, not false alarms.
+/// Noise that the protocol does not overcome, and a clock whose steps are larger than what is looked for, cost detections,
+/// not wrong verdicts.
 #[test]
-fn noise_costs_power_alone() {
-    let noise = Noise { arm_sd: 0.01, ..Noise::default() };
-    let rows = calibrate(&Plan { noise, ..Plan::quick() }, &mut || ());
-    let broken = broken(&rows);
-    assert!(
-        broken.contains(&(Question::CaseDetected, 0.01)) && broken.contains(&(Question::TruePass, 0.0)),
-        "{rows:?}"
-    );
-    let wrong = [Question::FalseAlarm, Question::FalsePass];
-    assert!(broken.iter().all(|(question, _)| !wrong.contains(question)), "{rows:?}");
+fn noise_and_coarse_clocks_cost_power_alone() {
+    let noisy = Noise { arm_sd: 0.01, ..Noise::default() };
+    let coarse = Noise { quantum_ns: 1024.0, ..Noise::default() };
+    for noise in [noisy, coarse] {
+        let rows = calibrate(&Plan { noise, ..Plan::quick() }, &mut || ());
+        let broken = broken(&rows);
+        assert!(
+            broken.contains(&(Question::CaseDetected, 0.01)) && broken.contains(&(Question::TruePass, 0.0)),
+            "{rows:?}"
+        );
+        let wrong = [Question::FalseAlarm, Question::FalsePass];
+        assert!(broken.iter().all(|(question, _)| !wrong.contains(question)), "{rows:?}");
+    }
 }
 
 /// A slowdown of the minimum detectable effect is detected with the power that it is given for.
