@@ -1,6 +1,9 @@
 //! Runtimes for what the command line names.
 
+use std::io::Read;
 use std::path::Path;
+
+use flate2::read::GzDecoder;
 
 use super::measure::Source;
 use crate::runtime::Runtime;
@@ -28,7 +31,14 @@ pub(super) fn on_device(source: &Source, ordinal: u32) -> Result<Runtime> {
     Ok(builder.build()?)
 }
 
-/// The bytes of a file; the error names it.
+/// The bytes of a file, uncompressed when its name ends with .gz; the error names it.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()).into())
+    let bytes = std::fs::read(path).and_then(|bytes| match path.extension() {
+        Some(extension) if extension == "gz" => {
+            let mut unzipped = Vec::new();
+            GzDecoder::new(bytes.as_slice()).read_to_end(&mut unzipped).map(|_| unzipped)
+        }
+        _ => Ok(bytes),
+    });
+    bytes.map_err(|error| format!("{}: {error}", path.display()).into())
 }

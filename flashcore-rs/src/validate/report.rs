@@ -250,6 +250,11 @@ fn grouped<'a>(
     groups
 }
 
+/// Whether the reference has an error to speak of: where scores saturate it has none, and a ratio to it says nothing.
+fn decided(row: &Value) -> bool {
+    row["e_ref"].as_f64().is_some_and(|e| e > 1e-6) && row["ratio"].as_f64().is_some_and(|ratio| ratio > 0.0)
+}
+
 fn correct_table(evidence: &Evidence) -> (String, Table) {
     let header =
         ["family", "cases", "pass", "worst error / bound", "geomean e / e_ref", "max ulp", "worst lse / bound", "s"];
@@ -259,7 +264,7 @@ fn correct_table(evidence: &Evidence) -> (String, Table) {
             rows.iter().filter_map(|row| figure(row)).filter(|x| x.is_finite()).fold(0.0, f64::max)
         };
         let share = |row: &Value| Some(row["e"].as_f64()? / row["bound"].as_f64().filter(|bound| *bound > 0.0)?);
-        let ratios: Vec<f64> = rows.iter().filter_map(|row| row["ratio"].as_f64()).filter(|r| *r > 0.0).collect();
+        let ratios: Vec<f64> = rows.iter().filter(|row| decided(row)).filter_map(|row| row["ratio"].as_f64()).collect();
         let geomean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len().max(1) as f64).exp();
         table.add_row([
             name,

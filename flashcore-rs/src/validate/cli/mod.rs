@@ -17,6 +17,7 @@ use super::case::Case;
 use super::environment::Environment;
 use super::matrix::Extent;
 use super::measure::Source;
+use super::measure::gzip;
 use super::report::{Evidence, failures, junit, markdown, sections};
 use super::ui::Ui;
 use super::{Exit, dump, open};
@@ -105,7 +106,7 @@ struct Options {
     /// Seed of the inputs, and of every order
     #[arg(long, global = true, default_value_t = 0)]
     seed: u64,
-    /// Write the results as JSON; samples go into a file beside it
+    /// Write the results as JSON, compressed when the name ends with .gz; samples go into a file beside it
     #[arg(long, global = true, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Write the results as JUnit XML
@@ -326,7 +327,9 @@ fn ordinal(runtime: &Runtime) -> u32 {
 
 fn write(path: Option<&Path>, text: impl FnOnce() -> Result<String>) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
-    std::fs::write(path, text()?).map_err(|error| format!("{}: {error}", path.display()).into())
+    let bytes = text()?.into_bytes();
+    let bytes = if path.extension() == Some("gz".as_ref()) { gzip(&bytes)? } else { bytes };
+    std::fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 fn list<'a>(cases: impl Iterator<Item = &'a Case>) -> Exit {

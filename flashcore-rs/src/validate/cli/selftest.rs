@@ -251,7 +251,9 @@ fn compared(
             let case = Case::new("selftest", [2, 2], [128, 128], 64).batch(1).without_lse();
             (vec![case], Protocol { processes: 5, blocks: 5, samples: 4, warmup: 20, ..protocol })
         }
-        Device::Cuda(_) => (classic(), Protocol { modes: vec![Mode::Graph], blocks: 10, samples: 5, ..protocol }),
+        Device::Cuda(_) => {
+            (classic(), Protocol { modes: vec![Mode::Graph], blocks: 10, samples: 5, warmup: 50, ..protocol })
+        }
     };
     let protocol = Protocol { margin, seed: options.seed, ..protocol };
     let arms = vec![baseline.clone(), candidate.clone()];

@@ -23,5 +23,6 @@ pub use self::arm::{Arm, LAUNCHES};
 pub use self::process::{ProcessReport, Warmup, run_process, run_suite};
 #[cfg(test)]
 pub(super) use self::process::{measure_on, read_lines};
+pub(super) use self::samples::gzip;
 pub use self::samples::{Raw, Sample};
 pub use self::spec::{ArmSpec, Mode, Protocol, Source, Suite};

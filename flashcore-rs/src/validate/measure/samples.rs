@@ -85,14 +85,19 @@ impl Raw {
     }
 }
 
-/// The same bytes for the same samples: no time, no name.
 fn compressed(samples: &[Sample]) -> Result<Vec<u8>> {
-    let gzip: GzEncoder<Vec<u8>> = GzBuilder::new().mtime(0).write(Vec::new(), Compression::best());
-    let mut writer = csv::Writer::from_writer(gzip);
+    let mut writer = csv::Writer::from_writer(Vec::new());
     for sample in samples {
         writer.serialize(sample)?;
     }
-    Ok(writer.into_inner().map_err(|error| error.to_string())?.finish()?)
+    Ok(gzip(&writer.into_inner().map_err(|error| error.to_string())?)?)
+}
+
+/// Compresses; the same bytes for the same bytes, for there is no time and no name in them.
+pub(in crate::validate) fn gzip(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut gzip: GzEncoder<Vec<u8>> = GzBuilder::new().mtime(0).write(Vec::new(), Compression::best());
+    gzip.write_all(bytes)?;
+    gzip.finish()
 }
 
 #[cfg(test)]
