@@ -5,6 +5,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::super::case::Case;
@@ -21,6 +22,8 @@ use crate::tensor::Device;
 
 /// A wrong kernel may never end.
 const HUNT_LIMIT: Duration = Duration::from_secs(120);
+/// Wrong kernels that run at a time.
+const HUNTS: usize = 8;
 
 /// What to test with.
 #[derive(Args)]
@@ -145,29 +148,36 @@ fn bundle_mutants(folder: &Path, options: &Options, session: &mut Session) -> Re
     let listing: Listing =
         serde_json::from_slice(&open::read(&list)?).map_err(|error| format!("{}: {error}", list.display()))?;
     session.ui.phase("mutant bundles", listing.mutants.len());
-    for Listed { name, description, file, filter } in listing.mutants {
-        session.ui.doing(&name);
-        let mut command = Command::new(std::env::current_exe()?);
-        command
-            .args(["hunt", "--filter", &filter, "--seed", &options.seed.to_string()])
-            .args(["--device", &format!("cuda:{ordinal}"), "--bundle"])
-            .arg(folder.join(file))
-            .args(options.full.then_some("--full"));
-        let kill = match output_within(&mut command, HUNT_LIMIT)? {
-            Some(hunted) if hunted.status.success() => serde_json::from_slice(&hunted.stdout)?,
-            Some(hunted) => {
-                let said = String::from_utf8_lossy(&hunted.stderr);
-                let last = said.lines().last().unwrap_or_default();
-                return Err(
-                    format!("mutant {name}: the process that runs it ended with {}: {last}", hunted.status).into()
-                );
-            }
-            None => Some(Kill { case: "unknown".into(), reason: format!("did not end within {HUNT_LIMIT:?}") }),
-        };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(HUNTS).build()?;
+    let ui = &session.ui;
+    let hunted = |listed: &Listed| {
+        let kill = hunted(folder, listed, ordinal, options).map_err(|error| format!("mutant {}: {error}", listed.name));
+        ui.done();
+        kill
+    };
+    let kills = pool.install(|| listing.mutants.par_iter().map(hunted).collect::<Result<Vec<_>, String>>())?;
+    for (Listed { name, description, .. }, kill) in listing.mutants.into_iter().zip(kills) {
         mutant(name, description, session.runtime.device().to_string(), kill, session)?;
-        session.ui.done();
     }
     Ok(())
+}
+
+/// What gives a wrong kernel away, found in another process.
+fn hunted(folder: &Path, mutant: &Listed, ordinal: u32, options: &Options) -> Result<Option<Kill>> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["hunt", "--filter", &mutant.filter, "--seed", &options.seed.to_string()])
+        .args(["--device", &format!("cuda:{ordinal}"), "--bundle"])
+        .arg(folder.join(&mutant.file))
+        .args(options.full.then_some("--full"));
+    match output_within(&mut command, HUNT_LIMIT)? {
+        Some(output) if output.status.success() => Ok(serde_json::from_slice(&output.stdout)?),
+        Some(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Err(format!("{}: {}", output.status, said.lines().last().unwrap_or_default()).into())
+        }
+        None => Ok(Some(Kill { case: "unknown".into(), reason: format!("did not end within {HUNT_LIMIT:?}") })),
+    }
 }
 
 /// What a program writes; `None` when it had to be ended.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::arm::Arm;
@@ -153,8 +154,10 @@ pub(in crate::validate) fn measure_on(
     let mut rng = ChaCha8Rng::seed_from_u64(suite.protocol.seed ^ u64::from(process) << 32);
     for first in groups(&suite.cases, budget / copies.max(1)) {
         let mut group = Group { suite, process, first: first.start, arms: Vec::new() };
-        for case in &suite.cases[first] {
-            group.arms.push(arms(suite, runtimes, stream.as_ref(), case)?);
+        let cases = &suite.cases[first];
+        let drawn = cases.par_iter().map(|case| drawn(suite, case)).collect::<crate::Result<Vec<_>>>()?;
+        for (case, inputs) in cases.iter().zip(drawn) {
+            group.arms.push(arms(suite, runtimes, stream.as_ref(), case, &inputs)?);
         }
         group.warm_up(&mut bench, &mut report)?;
         group.measure(&mut bench, &mut rng, out)?;
@@ -176,21 +179,26 @@ fn runtime(arm: &ArmSpec, ordinal: u32) -> Result<Runtime> {
     })
 }
 
+/// The inputs of one case: as many sets as the protocol has, each from a seed of its own.
+fn drawn(suite: &Suite, case: &Case) -> crate::Result<Vec<Inputs>> {
+    let seeds = (0..suite.protocol.sets.max(1) as u64).into_par_iter().map(|set| suite.protocol.seed ^ set << 48);
+    seeds.map(|seed| Inputs::draw(case, seed)).collect()
+}
+
 /// The arms of one case, with the same inputs.
 fn arms<'a>(
     suite: &Suite,
     runtimes: &'a [Runtime],
     stream: Option<&Stream>,
     case: &Case,
+    inputs: &[Inputs],
 ) -> Result<Vec<Box<dyn Timed + 'a>>> {
-    let seeds = (0..suite.protocol.sets.max(1) as u64).map(|set| suite.protocol.seed ^ set << 48);
-    let inputs = seeds.map(|seed| Inputs::draw(case, seed)).collect::<crate::Result<Vec<_>>>()?;
     let arm = |(spec, runtime): (&ArmSpec, &'a Runtime)| -> Result<Box<dyn Timed + 'a>> {
         Ok(match spec.source {
             Source::Reference => Box::new(Reference::new(inputs[0].clone(), Inputs::outputs(case)?.0)),
             _ => {
                 let stream = stream.filter(|_| runtime.device() != Device::Cpu).cloned();
-                Box::new(Arm::on(runtime, stream, case, inputs.clone())?)
+                Box::new(Arm::on(runtime, stream, case, inputs.to_vec())?)
             }
         })
     };
