@@ -35,6 +35,7 @@ STAGES = (
     Stage("clippy", 180, "cargo clippy --workspace --all-targets --all-features -- -D warnings"),
     Stage("clippy-minimal", 60, "cargo clippy -p flashcore-rs --no-default-features --all-targets -- -D warnings"),
     Stage("rust", 240, "cargo test --workspace --all-features"),
+    Stage("validate", 240, "python .ci/validate.py"),
     Stage("instructions", 180, "python .ci/instructions.py"),
     Stage("kernels", 300, "python -m pytest -q kernels/tests"),
     Stage("kernels-check", 120, "python -m kernels check"),
@@ -44,7 +45,7 @@ STAGES = (
     Stage("wheel", 180, "python .ci/wheel.py"),
     Stage("typing", 60, "mypy kernels python/flashcore benches/tables.py benches/sanitize.py benches/crosscheck.py"),
     Stage("python", 300, "python -m pytest -q python/tests"),
-    Stage("crosscheck", 20, "python -m pytest -q benches/tests"),
+    Stage("crosscheck", 60, "python -m pytest -q benches/tests"),
     Stage("overhead", 30, "python benches/overhead.py --device cpu --rounds 1 --json target/overhead.json"),
 )
 

@@ -1,4 +1,4 @@
-"""Runs `flashcore-validate` on the CPU backend: correctness, the selftest, and a comparison with the committed baseline.
+"""Runs `flashcore-validate` on the CPU backend: correctness, the selftest, and a comparison with the baseline.
 
 What it writes goes to target/validate/, as JSON, JUnit XML and Markdown. Exit code 4, inconclusive, is none for the
 comparison: a busy machine proves nothing about the code.
@@ -25,7 +25,10 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     codes = {}
     for name, arguments in RUNS.items():
-        files = [f"--{kind}={OUT / name}.{suffix}" for kind, suffix in (("json", "json"), ("junit", "xml"), ("markdown", "md"))]
+        files = [
+            f"--{kind}={OUT / name}.{suffix}"
+            for kind, suffix in (("json", "json"), ("junit", "xml"), ("markdown", "md"))
+        ]
         command = ["target/release/flashcore-validate", *arguments.split(), "--device", "cpu", *files]
         codes[name] = subprocess.run(command, cwd=ROOT, check=False).returncode
     replay = ["target/release/flashcore-validate", "replay", str(OUT / "compare.json")]

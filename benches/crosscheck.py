@@ -8,8 +8,9 @@ says the seed: their draws are a counter through SplitMix64.
 The document has `protocol` with `margin`, `alpha`, `power`, `confidence` (0.95), `seed` and `min_sm_share`; `raw` with
 the `path` beside it and the `sha256` of a gzip'd CSV of `case,mode,process,block,position,arm,ns,sm_mhz` in the order
 of time; and `rows` of the kinds `measure` (`case_index, mode, arm, timer, stats`) and `compare` (`case_index, mode,
-comparison, judged`). All comparisons of one mode are a suite. Where `min_sm_share` is a number, samples whose `sm_mhz`
-is below that share of the median of their case and mode do not count.
+comparison, judged`; none where the topic is `measure`, or where rows of the kind `baseline` compare with another
+document). All comparisons of one mode are a suite. Where `min_sm_share` is a number, samples whose `sm_mhz` is below
+that share of the median of their case and mode do not count.
 """
 
 from __future__ import annotations
@@ -355,7 +356,7 @@ def differences(path: str, claimed: Any, found: Any) -> Iterator[str]:
         for i, (one, other) in enumerate(zip(claimed, found, strict=True)):
             yield from differences(f"{path}[{i}]", one, other)
     elif isinstance(found, float) and isinstance(claimed, int | float) and not isinstance(claimed, bool):
-        slack = ROUNDING if any(field in path for field in DIFFERENCES) else 0.0
+        slack = ROUNDING if any(field in path for field in DIFFERENCES) else sys.float_info.min
         if not abs(found - claimed) <= TOLERANCE * max(abs(found), abs(claimed)) + slack:
             yield f"{path}: {claimed!r}, recomputed {found!r}"
     elif claimed != found or isinstance(claimed, bool):
@@ -394,6 +395,8 @@ def check(document: Document, folder: Path) -> list[str]:
             compared[row["case_index"], row["mode"]] = row
     arms = {(*key, arm) for key, group in samples.items() for arm in np.unique(group.arm).tolist()}
     pairs = {key for key, group in samples.items() if len(group.blocks()) >= 2}
+    if document["topic"] == "measure" or any(row["kind"] == "baseline" for row in document["rows"]):
+        pairs = set()  # two arms are then a unit and what is measured in it: there is nothing to judge
     wrong += [f"measure {key}: in the rows or in the samples only" for key in sorted(arms ^ measured.keys())]
     wrong += [f"compare {key}: in the rows or in the samples only" for key in sorted(pairs ^ compared.keys())]
     for case, mode, arm in sorted(arms & measured.keys()):

@@ -75,8 +75,11 @@ impl Document {
     }
 
     fn name(&self) -> String {
-        let file = self.path.file_name().unwrap_or_default().to_string_lossy();
-        format!("{} ({file})", self.evidence.arms.last().map_or("", String::as_str))
+        let arm = self.evidence.arms.last().map_or("", String::as_str);
+        match self.path.file_name() {
+            Some(file) => format!("{arm} ({})", file.to_string_lossy()),
+            None => format!("{arm} now"),
+        }
     }
 }
 

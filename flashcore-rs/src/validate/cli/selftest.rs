@@ -22,8 +22,6 @@ use crate::tensor::Device;
 
 /// A wrong kernel may never end.
 const HUNT_LIMIT: Duration = Duration::from_secs(120);
-/// Wrong kernels that run at a time.
-const HUNTS: usize = 8;
 
 /// What to test with.
 #[derive(Args)]
@@ -148,14 +146,13 @@ fn bundle_mutants(folder: &Path, options: &Options, session: &mut Session) -> Re
     let listing: Listing =
         serde_json::from_slice(&open::read(&list)?).map_err(|error| format!("{}: {error}", list.display()))?;
     session.ui.phase("mutant bundles", listing.mutants.len());
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(HUNTS).build()?;
     let ui = &session.ui;
     let hunted = |listed: &Listed| {
         let kill = hunted(folder, listed, ordinal, options).map_err(|error| format!("mutant {}: {error}", listed.name));
         ui.done();
         kill
     };
-    let kills = pool.install(|| listing.mutants.par_iter().map(hunted).collect::<Result<Vec<_>, String>>())?;
+    let kills = listing.mutants.par_iter().map(hunted).collect::<Result<Vec<_>, String>>()?;
     for (Listed { name, description, .. }, kill) in listing.mutants.into_iter().zip(kills) {
         mutant(name, description, session.runtime.device().to_string(), kill, session)?;
     }
@@ -168,8 +165,7 @@ fn hunted(folder: &Path, mutant: &Listed, ordinal: u32, options: &Options) -> Re
     command
         .args(["hunt", "--filter", &mutant.filter, "--seed", &options.seed.to_string()])
         .args(["--device", &format!("cuda:{ordinal}"), "--bundle"])
-        .arg(folder.join(&mutant.file))
-        .args(options.full.then_some("--full"));
+        .arg(folder.join(&mutant.file));
     match output_within(&mut command, HUNT_LIMIT)? {
         Some(output) if output.status.success() => Ok(serde_json::from_slice(&output.stdout)?),
         Some(output) => {
@@ -198,7 +194,9 @@ fn output_within(command: &mut Command, limit: Duration) -> Result<Option<Output
 /// The command `hunt`: one bundle, and the case that gives it away as JSON.
 pub(super) fn hunt_bundle(options: &Options) -> Result<Exit> {
     let (runtime, _) = options.open()?;
-    let kill = hunt(&runtime, &prey(options.extent(), &options.filter), options.seed);
+    // The largest problems are for those who ask for them by name.
+    let extent = if options.filter.is_empty() { Extent::Default } else { Extent::Full };
+    let kill = hunt(&runtime, &prey(extent, &options.filter), options.seed);
     print(&serde_json::to_string(&kill)?);
     Ok(Exit::Pass)
 }
@@ -261,9 +259,18 @@ fn compared(
             let case = Case::new("selftest", [2, 2], [128, 128], 64).batch(1).without_lse();
             (vec![case], Protocol { processes: 5, blocks: 5, samples: 4, warmup: 20, ..protocol })
         }
-        Device::Cuda(_) => {
-            (classic(), Protocol { modes: vec![Mode::Graph], blocks: 10, samples: 5, warmup: 50, ..protocol })
-        }
+        Device::Cuda(_) => (
+            classic(),
+            Protocol {
+                modes: vec![Mode::Graph],
+                processes: 6,
+                blocks: 10,
+                samples: 5,
+                warmup: 20,
+                sets: 1,
+                ..protocol
+            },
+        ),
     };
     let protocol = Protocol { margin, seed: options.seed, ..protocol };
     let arms = vec![baseline.clone(), candidate.clone()];
