@@ -25,6 +25,9 @@ pub(super) struct Arguments {
     /// Random problems, instead of as many as the extent has
     #[arg(long, value_name = "N")]
     random: Option<usize>,
+    /// The matrix alone: no random problems, no properties
+    #[arg(long, conflicts_with_all = ["random", "every_variant"])]
+    matrix_only: bool,
     /// Every variant that can compute a case, not only the one that the runtime prefers; --full does so too
     #[arg(long)]
     every_variant: bool,
@@ -32,13 +35,14 @@ pub(super) struct Arguments {
 
 impl Default for Arguments {
     fn default() -> Self {
-        Self { repeats: 10, random: None, every_variant: false }
+        Self { repeats: 10, random: None, matrix_only: false, every_variant: false }
     }
 }
 
 impl Arguments {
     pub(super) fn cases(&self, options: &Options) -> Vec<Case> {
         let random = self.random.unwrap_or(match options.extent() {
+            _ if self.matrix_only => 0,
             Extent::Quick => 50,
             Extent::Default => 300,
             Extent::Full => 4500,
@@ -88,7 +92,7 @@ pub(super) fn check(cases: &[Case], arguments: &Arguments, options: &Options, se
     if arguments.every_variant || options.full {
         on_every_variant(&runtime, &small, options, session)?;
     }
-    properties(&runtime, options, session)
+    if arguments.matrix_only { Ok(()) } else { properties(&runtime, options, session) }
 }
 
 fn judge(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize, variant: Option<&str>) -> Row {
