@@ -34,7 +34,7 @@ STAGES = (
     Stage("ruff-format", 20, "ruff format --check kernels python benches .ci"),
     Stage("clippy", 180, "cargo clippy --workspace --all-targets --all-features -- -D warnings"),
     Stage("clippy-minimal", 60, "cargo clippy -p flashcore-rs --no-default-features --all-targets -- -D warnings"),
-    Stage("rust", 240, "cargo test --workspace --all-features"),
+    Stage("rust", 330, "cargo test --workspace --all-features"),
     Stage("validate", 240, "python .ci/validate.py"),
     Stage("instructions", 180, "python .ci/instructions.py"),
     Stage("kernels", 300, "python -m pytest -q kernels/tests"),
