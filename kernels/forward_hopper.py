@@ -294,22 +294,24 @@ class Problem:
 
 
 @gluon.jit
-def _problem(
+def _begin(
     sizes,
+    rings,
     BAND: gl.constexpr,
     SPLIT: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    ROWS: gl.constexpr,
-    KEYS: gl.constexpr,
     QUERIES: gl.constexpr,
 ):
-    """Every partition works it out from the kernel's arguments: what is handed to partitions comes through shared
-    memory, and ptxas no longer knows that it is the same for all threads.
+    """What every partition begins with: the problem, and the rings of queries, keys and values.
+
+    It works the problem out from the kernel's arguments: what is handed to partitions comes through shared memory, and
+    ptxas no longer knows that it is the same for all threads.
     """
+    q_ring, k_ring, v_ring = rings
     num_tiles, tiles_query, num_heads_q, group, seq_len_q, seq_len_k, band_lo, band_hi, splits = sizes
     num_tiles *= splits
     heads = num_tiles // tiles_query
-    return Problem(
+    problem = Problem(
         num_tiles,
         gl.to_tensor(tiles_query),
         gl.to_tensor(num_heads_q),
@@ -324,9 +326,20 @@ def _problem(
         BAND,
         SPLIT,
         CONSUMERS,
-        ROWS,
-        KEYS,
+        q_ring.tiles.shape[3],
+        k_ring.tiles.shape[3],
     )
+    return problem, q_ring, k_ring, v_ring
+
+
+@gluon.jit
+def _source(p, turn):
+    """Where the loads of this turn's tile begin: its batch, query head, first row, last key block, number of blocks."""
+    head, row, col, steps = p.tile(turn)
+    if p.SPLIT:
+        head = head // p.splits
+    batch = _quotient(head, p.num_heads_q)
+    return batch, head - batch * p.num_heads_q, row, col, steps
 
 
 @gluon.jit
@@ -342,15 +355,11 @@ def _produce(
     QUERIES: gl.constexpr,
 ):
     """The producer warp: issue every load, in the order in which the consumers need them."""
-    q_ring, k_ring, v_ring = rings
-    p = _problem(sizes, BAND, SPLIT, CONSUMERS, q_ring.tiles.shape[3], k_ring.tiles.shape[3], QUERIES)
+    p, q_ring, k_ring, v_ring = _begin(sizes, rings, BAND, SPLIT, CONSUMERS, QUERIES)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
+    next_source = _source(p, gl.to_tensor(0))
     for turn in range(p.tiles()):
-        head, row, col, steps = p.tile(turn)
-        if p.SPLIT:
-            head = head // p.splits
-        batch = _quotient(head, p.num_heads_q)
-        head_q = head - batch * p.num_heads_q
+        batch, head_q, row, col, steps = next_source
         head_kv = head_q // p.group
         # The place of a single query is free last, that of a second one first.
         if QUERIES == 1:
@@ -359,6 +368,8 @@ def _produce(
             q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, turn * p.CONSUMERS + wg)
         if QUERIES > 1:
             k_ring.fill(k_desc, batch, head_kv, col, blocks)
+        # Its divisions are done here, before a wait for the consumers, and not between two tiles, where these wait.
+        next_source = _source(p, turn + 1)
         for i in range(1, steps):
             k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
             v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)
@@ -670,8 +681,7 @@ def _consume(
     QUERIES: gl.constexpr,
 ):
     """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
-    q_ring, k_ring, v_ring = rings
-    p = _problem(sizes, BAND, SPLIT, CONSUMERS, q_ring.tiles.shape[3], k_ring.tiles.shape[3], QUERIES)
+    p, q_ring, k_ring, v_ring = _begin(sizes, rings, BAND, SPLIT, CONSUMERS, QUERIES)
     D: gl.constexpr = v_ring.tiles.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
