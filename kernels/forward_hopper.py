@@ -102,9 +102,15 @@ class Order:
     """In which order the CTAs compute the tiles of a problem with a band.
 
     There a late tile has more keys than an early one, but the first and the last of a head together have as many as any
-    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The rest, enough for
-    one to two rounds, is dealt out tile by tile, the longest first, and back and forth: who got the longest of one
-    round gets the shortest of the next (longest processing time first: Graham, 1969).
+    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The long tile of a pair
+    reads its keys from memory and the short one finds them in the cache: of every 64 CTAs one half begins with the long
+    ones and the other half with the short ones, so that memory has as much to do at any time.
+
+    The rest is dealt out tile by tile, the longest first, and back and forth: who got the longest of one round gets the
+    shortest of the next (longest processing time first: Graham, 1969). That evens out what the rounds leave, but it
+    reads all its keys at its beginning and finds some no longer in the cache at its end. With n pairs in a group it is
+    enough for 1 - 1/n to 2 - 1/n rounds: the fewer tiles a head has, the less they differ, for each costs something
+    besides its keys.
 
     Heads with an odd number of tiles are taken two at a time (`FOLD`), so that their tiles make pairs; else, and where
     the number of heads is odd too, the middle tile of each makes a pair with one that has no rows.
@@ -128,8 +134,9 @@ def _order(heads, tiles_query, FOLD: gl.constexpr):
     groups = heads // fold
     tiles = tiles_query * fold
     per_group = (tiles + 1) // 2
-    rounds = gl.maximum(groups * per_group // ctas - 1, 0)
-    pairs = groups * per_group - rounds * ctas
+    pairs = groups * per_group
+    rounds = gl.maximum((pairs + ctas // per_group) // ctas - 1, 0)
+    pairs -= rounds * ctas
     first_group = (rounds * ctas + per_group - 1) // per_group
     cut = rounds * ctas - (first_group * per_group - per_group)
     groups -= first_group
@@ -179,9 +186,9 @@ class Problem:
             o = self.order
             ctas = gl.num_programs(0)
             cta = gl.program_id(0)
-            # In a round: pair `x` of all groups' pairs, first its long tile, then its short one.
+            # In a round: pair `x` of all groups' pairs, first its long tile or first its short one.
             x = (turn // 2) * ctas + cta
-            long = (turn & 1) == 0
+            long = ((32 * turn + cta) & 32) == 0
             # Afterwards: tile `x` of the rest in order, all long ones by the pair's place in its group, then all short
             # ones, backwards. Places below `cut` have a pair in `groups` groups, the others one more.
             again = turn - 2 * o.rounds
