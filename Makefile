@@ -32,6 +32,7 @@ kernels-check: $(VENV)/ready ## Prove that every committed bundle is what the so
 
 bench: ## Criterion benchmarks
 	cargo bench -p flashcore-benches
+	cargo bench -p flashcore-rs --features validate
 
 fuzz: ## Fuzz the four targets for a while; needs nightly Rust and cargo-fuzz
 	cd flashcore-rs && for target in bundle manifest launch listing; do \

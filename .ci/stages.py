@@ -42,8 +42,9 @@ STAGES = (
     Stage("audit-plants", 120, "python -m kernels.plants --corpus 0.1 --mutations 12"),
     Stage("crate", 120, "python .ci/consumer.py"),
     Stage("wheel", 180, "python .ci/wheel.py"),
-    Stage("typing", 60, "mypy kernels python/flashcore benches/tables.py benches/sanitize.py"),
+    Stage("typing", 60, "mypy kernels python/flashcore benches/tables.py benches/sanitize.py benches/crosscheck.py"),
     Stage("python", 300, "python -m pytest -q python/tests"),
+    Stage("crosscheck", 20, "python -m pytest -q benches/tests"),
     Stage("overhead", 30, "python benches/overhead.py --device cpu --rounds 1 --json target/overhead.json"),
 )
 

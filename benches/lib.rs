@@ -6,16 +6,6 @@ use std::time::{Duration, Instant};
 use flashcore::testing::{MockConfig, MockDriver, launch_alone, sample_bundle, with_bundle};
 use flashcore::{DType, DeviceBuffer, PreparedCall, Result, Runtime, Stream, TensorView, TensorViewMut};
 
-/// The time of `iterations` measurements, each in microseconds.
-///
-/// # Panics
-/// When a measurement fails: a benchmark has nobody to tell.
-pub fn total(iterations: u64, mut microseconds: impl FnMut() -> Result<f64>) -> Duration {
-    let total: f64 =
-        (0..iterations).map(|_| microseconds().unwrap_or_else(|error| panic!("while measuring: {error}"))).sum();
-    Duration::from_secs_f64(total / 1e6)
-}
-
 /// (batch, heads, seq, head_dim) of the calls whose host time is measured: long enough on a device that its queue is never
 /// empty, so that no call waits for it.
 pub const SHAPE: [usize; 4] = [8, 8, 128, 64];

@@ -6,6 +6,7 @@ not what the evidence gives is an error.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -22,7 +23,12 @@ Rows = list[dict[str, Any]]
 
 def evidence(path: str) -> dict[str, Any] | None:
     file = ROOT / "evidence" / path
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    document: dict[str, Any] = json.loads(
+        gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    )
+    return document
 
 
 def rows(document: dict[str, Any], kind: str) -> Rows:
@@ -63,18 +69,126 @@ def of(path: str) -> Callable[[Callable[[dict[str, Any]], str | None]], Table]:
     return decorate
 
 
-@of("h200/first-light.json")
 def correctness(document: dict[str, Any]) -> str:
     cases = rows(document, "correct")
     families = list(dict.fromkeys(row["case"]["family"] for row in cases))
     body = [_family(name, [row for row in cases if row["case"]["family"] == name]) for name in families]
     body.append(_family("**all**", cases))
+    if pinned := rows(document, "variant"):
+        body.append(_family("pinned to each variant that can compute them", pinned))
     repeats = rows(document, "repeat")
     runs = ", ".join(sorted({str(row["repeats"]) for row in repeats}))
     same = sum(row["irreproducible"] == 0 for row in repeats)
     header = ["family", "problems", "pass", "largest error / bound", "geomean e / e_ref", "largest LSE error / bound"]
     tail = f"\n\n{same} of {len(repeats)} sampled problems gave the same bits in every one of {runs} runs."
     return markdown(header, body) + tail
+
+
+@of("h100/correctness.json.gz")
+def properties(document: dict[str, Any]) -> str:
+    found = rows(document, "property")
+    body = []
+    for name in dict.fromkeys(row["property"] for row in found):
+        of_name = [row for row in found if row["property"] == name]
+        shares = [row["error"] / row["bound"] for row in of_name if row["bound"]]
+        bits = [row["bitwise"] for row in of_name if row["bitwise"] is not None]
+        same = f"{sum(bits)} of {len(bits)}" if bits else "-"
+        passed = sum(row["pass"] for row in of_name)
+        body.append([name.replace("_", " "), len(of_name), passed, f"{max(shares, default=0):.2f}", same])
+    return markdown(["property", "problems", "pass", "largest difference / bound", "same bits"], body)
+
+
+SELFTEST = "selftest.json"
+
+
+@of(SELFTEST)
+def calibration(document: dict[str, Any]) -> str:
+    header = ["what", "slowdown", "suites", "rate", "95 %", "must be", "met"]
+    body = [
+        [
+            row["question"].replace("_", " "),
+            f"{row['planted'] * 100:.1f} %",
+            row["trials"],
+            f"{row['rate']:.4f}",
+            f"{row['ci95']['low']:.4f} to {row['ci95']['high']:.4f}",
+            " ".join(f"{k.replace('_', ' ')} {v}" for k, v in row["bound"].items()) if row["bound"] != "none" else "-",
+            "yes" if row["met"] else "no",
+        ]
+        for row in rows(document, "calibration")
+    ]
+    return markdown(header, body)
+
+
+@of(SELFTEST)
+def mutants(document: dict[str, Any]) -> str:
+    found = rows(document, "mutant")
+    body = []
+    for device in dict.fromkeys(row["device"] for row in found):
+        here = [row for row in found if row["device"] == device]
+        body.append([device, len(here), sum(row["killed"] for row in here)])
+    by = [
+        [row["device"], row["description"], row["case"] or "**lives**"]
+        for row in sorted(found, key=lambda row: row["device"])
+    ]
+    details = f"<details><summary>Each of them</summary>\n\n{markdown(['on', 'wrong', 'killed by'], by)}\n\n</details>"
+    return markdown(["on", "wrong kernels", "killed"], body) + f"\n\n{details}"
+
+
+@of(SELFTEST)
+def planted(document: dict[str, Any]) -> str:
+    header = ["candidate", "expected", "ratios", "regression", "inconclusive", "pass", "as expected"]
+    body = [
+        [
+            row["candidate"],
+            row["expected"],
+            f"{min(row['ratios']):.3f} to {max(row['ratios']):.3f}",
+            row["regressions"],
+            row["inconclusive"],
+            row["passes"],
+            "yes" if row["pass"] else "no",
+        ]
+        for row in rows(document, "planted")
+    ]
+    return markdown(header, body)
+
+
+def campaign(mode: str) -> Table:
+    """The nine configurations beside SDPA, from the campaign's samples."""
+
+    @of("h100/expert-validation/sdpa.json")
+    def table(document: dict[str, Any]) -> str:
+        header = ["S, B", "SDPA us", "FlashCore us", "p99 SDPA / FlashCore", "FlashCore / SDPA", "95 %", "samples each"]
+        body = []
+        for row in (row for row in rows(document, "compare") if row["mode"] == mode):
+            of_case = [
+                other
+                for other in rows(document, "measure")
+                if (other["case_index"], other["mode"]) == (row["case_index"], mode)
+            ]
+            theirs, ours = (next(other for other in of_case if other["arm"] == arm) for arm in (0, 1))
+            tails = (_percentile(other["stats"], 0.99) for other in (theirs, ours))
+            ratio, interval = row["comparison"]["ratio"], row["comparison"]["ci95"]
+            body.append(
+                [
+                    f"{ours['case']['seq_len_q']}, {ours['case']['batch']}",
+                    f"{theirs['stats']['median'] / 1e3:.2f}",
+                    f"{ours['stats']['median'] / 1e3:.2f}",
+                    " / ".join(tails),
+                    f"{ratio:.3f}",
+                    f"{interval['low']:.3f} to {interval['high']:.3f}",
+                    ours["stats"]["samples"],
+                ]
+            )
+        ratios = geomean(row["comparison"]["ratio"] for row in rows(document, "compare") if row["mode"] == mode)
+        return markdown(header, body) + f"\n\nGeometric mean of the ratios: {ratios}."
+
+    return table
+
+
+def _percentile(stats: dict[str, Any], p: float) -> str:
+    """A percentile that enough effective samples lie beyond."""
+    found = next(x for x in stats["percentiles"] if x["p"] == p)
+    return f"{found['ns'] / 1e3:.1f}" if found["ci"] else "-"
 
 
 def _family(name: str, cases: Rows) -> list[object]:
@@ -550,7 +664,14 @@ TABLES: dict[str, Table] = {
     "forward-trials": trials("h200/forward-trials.json", FIRST_TRIALS),
     "forward-trials-2": trials("h100/forward-trials.json", SECOND_TRIALS),
     "first-light-configurations": configurations,
-    "first-light-correctness": correctness,
+    "first-light-correctness": of("h200/first-light.json")(correctness),
+    "correctness": of("h100/correctness.json.gz")(correctness),
+    "properties": properties,
+    "selftest-calibration": calibration,
+    "selftest-mutants": mutants,
+    "selftest-planted": planted,
+    "expert-validation": campaign("call"),
+    "expert-validation-graph": campaign("graph"),
     "first-light-ptx": ptx,
     "leaks": leaks,
     "sanitizer": sanitizer,

@@ -15,27 +15,125 @@ fn stdout(arguments: &[&str]) -> String {
     String::from_utf8(validate(arguments).stdout).expect("UTF-8")
 }
 
-#[test]
-fn passes_and_writes_evidence() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let json = folder.path().join("evidence.json");
-    let path = json.to_str().expect("a path");
-    let filter = ["--device", "cpu", "--filter", "head_dim d8", "--seed", "5", "--repeats", "3", "--commit", "abc"];
-    assert_eq!(code(&[&filter[..], &["--json", path]].concat()), Some(0));
-    let evidence: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(json).expect("a file")).expect("a JSON document");
-    assert_eq!((&evidence["topic"], &evidence["commit"]), (&"first-light".into(), &"abc".into()));
-    assert_eq!((&evidence["env"]["device"], &evidence["env"]["seed"]), (&"cpu".into(), &5.into()));
-    let rows = evidence["rows"].as_array().expect("rows");
-    let kinds = |kind: &str| rows.iter().filter(|row| row["kind"] == kind).count();
-    assert!(kinds("correct") >= 4 && kinds("repeat") >= 4, "{rows:?}");
-    assert!(rows.iter().all(|row| row["correct"] == true));
+/// What a command wrote to FILE.json in a folder.
+fn json(folder: &tempfile::TempDir, file: &str) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(folder.path().join(file)).expect("a file")).expect("a JSON document")
+}
+
+fn path(folder: &tempfile::TempDir, file: &str) -> String {
+    folder.path().join(file).to_str().expect("a path").to_owned()
+}
+
+fn kinds(document: &serde_json::Value, kind: &str) -> usize {
+    document["rows"].as_array().expect("rows").iter().filter(|row| row["kind"] == kind).count()
 }
 
 #[test]
-fn measures_on_the_cpu() {
-    let output = stdout(&["measure", "--device", "cpu", "--rounds", "2", "--filter", "s128 b8"]);
-    assert!(output.contains("S 128 B 8 H 8 D 64") && output.trim_end().ends_with("PASS"), "{output}");
+fn passes_and_writes_evidence() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let files = ["--json", "run.json", "--junit", "run.xml", "--markdown", "run.md"];
+    let files = files.map(|word| if word.starts_with("run") { path(&folder, word) } else { word.into() });
+    let arguments =
+        ["correct", "--device", "cpu", "--filter", "head_dim d8", "--seed", "5", "--repeats", "3", "--commit", "abc"];
+    assert_eq!(code(&[&arguments[..], &files.each_ref().map(String::as_str)].concat()), Some(0));
+    let evidence = json(&folder, "run.json");
+    assert_eq!((&evidence["topic"], &evidence["commit"]), (&"correctness".into(), &"abc".into()));
+    assert_eq!((&evidence["env"]["device"], &evidence["env"]["seed"]), (&"cpu".into(), &5.into()));
+    assert!(kinds(&evidence, "correct") >= 4 && kinds(&evidence, "repeat") >= 4, "{evidence}");
+    assert!(evidence["rows"].as_array().expect("rows").iter().all(|row| row["correct"] == true));
+    let read = |file| std::fs::read_to_string(folder.path().join(file)).expect("a file");
+    assert!(read("run.xml").contains("<testsuite name=\"correct\"") && read("run.md").contains("| head_dim |"));
+}
+
+/// A small case, so that a sample takes no time.
+const SMALL: &str = "[protocol]\nprocesses = 5\nblocks = 3\nsamples = 3\nwarmup = 5\n\n\
+    [[case]]\nbatch = 1\nnum_heads_q = 2\nseq_len_q = 64\nhead_dim = 32\n";
+
+fn small(folder: &tempfile::TempDir) -> String {
+    std::fs::write(folder.path().join("cases.toml"), SMALL).expect("a file");
+    path(folder, "cases.toml")
+}
+
+#[test]
+fn measures_replays_and_reports() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cases, run) = (small(&folder), path(&folder, "run.json"));
+    let output = stdout(&["measure", "--device", "cpu", "--cases", &cases, "--json", &run]);
+    assert!(output.contains("file/f16 b1 h2 s64 d32") && output.trim_end().ends_with("PASS"), "{output}");
+    let document = json(&folder, "run.json");
+    assert_eq!((kinds(&document, "measure"), document["processes"].as_array().map(Vec::len)), (1, Some(5)));
+    let row = &document["rows"][0];
+    assert_eq!((&row["mode"], &row["stats"]["samples"]), (&"call".into(), &45.into()));
+    assert_eq!(document["raw"]["path"], "run.samples.csv.gz");
+
+    assert_eq!(code(&["replay", &run]), Some(0));
+    assert!(stdout(&["report", &run]).contains("file/f16 b1 h2 s64 d32"));
+
+    // A figure that the samples do not give is found, and so are other samples.
+    let forged = std::fs::read_to_string(folder.path().join("run.json"))
+        .expect("a file")
+        .replace("\"samples\": 45", "\"samples\": 46");
+    std::fs::write(folder.path().join("run.json"), forged).expect("a file");
+    let replayed = validate(&["replay", &run]);
+    assert_eq!(replayed.status.code(), Some(6));
+    assert!(
+        String::from_utf8_lossy(&replayed.stdout).contains("DIFFERENT: measure[0].stats.samples: 46 in the file, 45")
+    );
+    std::fs::write(folder.path().join("run.samples.csv.gz"), b"no samples").expect("a file");
+    assert_eq!(code(&["replay", &run]), Some(5));
+}
+
+#[test]
+fn a_baseline_gates_what_comes_after() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cases, old, new) = (small(&folder), path(&folder, "old.json"), path(&folder, "new.json"));
+    let measure =
+        |file: &str| code(&["measure", "--device", "cpu", "--against", "reference", "--cases", &cases, "--json", file]);
+    assert_eq!((measure(&old), measure(&new)), (Some(0), Some(0)));
+    let compare =
+        |more: &[&str]| code(&[&["compare", "--device", "cpu", "--baseline", &old, "--margin", "20"], more].concat());
+    assert_eq!(compare(&["--candidate", &new]), Some(0), "files");
+    let json_file = path(&folder, "against.json");
+    assert_eq!(compare(&["--json", &json_file]), Some(0), "a file and a run");
+    let document = json(&folder, "against.json");
+    assert_eq!((kinds(&document, "baseline"), document["arms"][0].as_str()), (1, Some("reference")));
+
+    // A baseline a hundred times faster than it was makes today's code a regression.
+    let text = std::fs::read(folder.path().join("old.samples.csv.gz")).expect("a file");
+    let mut samples = String::new();
+    std::io::Read::read_to_string(&mut flate2::read::GzDecoder::new(text.as_slice()), &mut samples).expect("text");
+    let faster: String = samples.lines().map(|line| faster(line) + "\n").collect();
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut gzip, faster.as_bytes()).expect("bytes");
+    let bytes = gzip.finish().expect("bytes");
+    std::fs::write(folder.path().join("old.samples.csv.gz"), &bytes).expect("a file");
+    let mut document = json(&folder, "old.json");
+    document["raw"]["sha256"] = flashcore::testing::sha256(&bytes).into();
+    std::fs::write(folder.path().join("old.json"), document.to_string()).expect("a file");
+    assert_eq!(compare(&["--candidate", &new]), Some(2));
+}
+
+/// A line of samples whose candidate took a hundredth of the time.
+fn faster(line: &str) -> String {
+    let mut cells: Vec<String> = line.split(',').map(str::to_owned).collect();
+    if cells[5] == "1" {
+        cells[6] = (cells[6].parse::<f64>().expect("a number") / 100.0).to_string();
+    }
+    cells.join(",")
+}
+
+#[test]
+fn times_of_another_machine_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cases, run) = (small(&folder), path(&folder, "run.json"));
+    assert_eq!(code(&["measure", "--device", "cpu", "--cases", &cases, "--json", &run]), Some(0));
+    let mut document = json(&folder, "run.json");
+    document["env"]["cpu"] = "another".into();
+    std::fs::write(folder.path().join("other.json"), document.to_string()).expect("a file");
+    let output =
+        validate(&["compare", "--device", "cpu", "--baseline", &path(&folder, "other.json"), "--candidate", &run]);
+    assert_eq!(output.status.code(), Some(5));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("times of different machines"));
 }
 
 #[test]
@@ -82,7 +180,12 @@ fn usage_and_environment_are_exit_code_5() {
         &["--bundle", "no/such/file"],
         &["--filter", "no such case"],
         &["--quick", "--full"],
-        &["--repeats", "0"],
+        &["correct", "--repeats", "0"],
+        &["measure", "--device", "cpu", "--modes", "graph"],
+        &["measure", "--cases", "no/such/file"],
+        &["compare", "--device", "cpu", "--baseline", "no such arm"],
+        &["compare", "--device", "cpu", "--baseline", "cpu", "--processes", "1", "--filter", "s128 b8"],
+        &["replay", "no/such/file"],
     ] {
         assert_eq!(code(arguments), Some(5), "{arguments:?}");
     }

@@ -21,6 +21,8 @@ use crate::runtime::Runtime;
 use crate::tensor::{TensorView, TensorViewMut};
 
 pub(crate) use self::check::{Checked, restate};
+#[cfg(feature = "validate")]
+pub(crate) use self::select::capable;
 pub(crate) use self::select::{BaseAlign, choose, explain};
 
 /// How far a query looks, in keys, either side of its diagonal; `None` is unbounded.

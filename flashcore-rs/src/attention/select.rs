@@ -173,6 +173,12 @@ pub(crate) fn choose<'m>(
     Err(Box::new(Unsupported { request: problem.to_string(), rejected: vec![(variant.name.clone(), reason)], hint }))
 }
 
+/// The variants that answer `problem` when they are pinned.
+#[cfg(feature = "validate")]
+pub(crate) fn capable<'m>(manifest: &'m Manifest, problem: &Problem, align: BaseAlign) -> Vec<&'m Variant> {
+    manifest.variants.iter().filter(|variant| reject_pinned(variant, problem, align).is_none()).collect()
+}
+
 /// The preferred variant that answers `problem`.
 pub(crate) fn select<'m>(
     manifest: &'m Manifest,

@@ -154,7 +154,7 @@ pub fn lse_bound(exact: f64, unit: f64) -> f64 {
 }
 
 /// One unit in the last place of a type at a magnitude: the distance between its numbers there.
-pub(super) fn ulp(dtype: DType, magnitude: f64) -> f64 {
+pub(crate) fn ulp(dtype: DType, magnitude: f64) -> f64 {
     let (mantissa, min_exponent) = match dtype {
         DType::F16 => (10, -14),
         DType::BF16 => (7, -126),

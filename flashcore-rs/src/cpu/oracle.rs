@@ -7,6 +7,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "validate")]
+pub(crate) use super::judge::ulp;
 pub use super::judge::{ErrorReport, LseReport, judge, judge_lse, lse_bound};
 use super::real::{Real, Scalar, gather, offset};
 use crate::attention::Problem;

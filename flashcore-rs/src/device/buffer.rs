@@ -211,6 +211,17 @@ impl DeviceBuffer {
         self.queue("copy", |context, home| context.driver.copy_to_device(context.handle, self.address(), bytes, home))
     }
 
+    /// Fills the buffer again, in the order of its home stream.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] while the stream is being captured; a driver failure.
+    #[cfg(feature = "validate")]
+    pub(crate) fn fill(&mut self, value: u8) -> Result<()> {
+        self.queue("fill", |context, home| {
+            context.driver.memset(context.handle, self.address(), value, self.len(), home)
+        })
+    }
+
     /// Copies the contents to the host, after everything queued on the buffer. Memory that nothing was written to holds
     /// anything.
     ///

@@ -15,6 +15,8 @@
 mod buffer;
 mod graph;
 mod loan;
+#[cfg(feature = "validate")]
+mod probe;
 mod stream;
 
 use std::sync::Arc;
@@ -23,6 +25,8 @@ pub use self::buffer::DeviceBuffer;
 pub(crate) use self::buffer::{Captured, Few, enqueue};
 pub use self::graph::Graph;
 pub(crate) use self::loan::{Lender, LenderMut, Loan};
+#[cfg(feature = "validate")]
+pub(crate) use self::probe::{Probe, READING};
 pub use self::stream::{Event, Stream};
 use crate::driver::{ContextHandle, DeviceInfo, Driver};
 use crate::error::{Error, Result};

@@ -49,6 +49,8 @@ pub struct DeviceInfo {
     pub shared_bytes_optin: u32,
     /// Device memory, bytes.
     pub total_memory: usize,
+    /// L2 cache, bytes.
+    pub l2_bytes: u32,
     /// CUDA version of the driver, as `1000 * major + 10 * minor`.
     pub driver_version: u32,
 }

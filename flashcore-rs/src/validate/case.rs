@@ -110,7 +110,7 @@ pub enum Hidden {
     All,
 }
 
-/// An element of batch 0, key/value head 0, middle column, that is not finite.
+/// An element of batch 0, head 0, middle column, that is not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Special {
     /// Which tensor it is in.
@@ -125,6 +125,8 @@ pub struct Special {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SpecialTensor {
+    /// The query.
+    Query,
     /// The key.
     Key,
     /// The value.

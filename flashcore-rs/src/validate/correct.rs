@@ -1,13 +1,15 @@
 //! Is the output right? Against the fp64 oracle, by bits around it, and over repeats.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
-use super::case::{Case, Special};
+use super::case::{Case, Order, Special, SpecialTensor};
 use super::host::{Damage, HostTensor};
 use super::inputs::Inputs;
 use super::subject::{Ran, Subject};
-use crate::attention::Problem;
 use crate::attention::check::{Operands, problem};
+use crate::attention::{Band, Problem};
 use crate::cpu::oracle::{ErrorReport, LseReport, eager, judge, judge_lse, oracle, values};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
@@ -32,6 +34,8 @@ pub struct Verdict {
     pub refused: Option<String>,
     /// Whether the call was refused because no kernel answers it.
     pub unsupported: bool,
+    /// Whether the device failed at it.
+    pub device_failed: bool,
     /// The whole verdict.
     #[serde(rename = "correct")]
     pub pass: bool,
@@ -48,6 +52,7 @@ impl Verdict {
             irreproducible: 0,
             refused: Some(error.to_string()),
             unsupported: matches!(error, Error::Unsupported(_)),
+            device_failed: matches!(error, Error::Driver { .. } | Error::ContextLost { .. }),
             pass: false,
         }
     }
@@ -86,8 +91,15 @@ pub fn check(subject: &dyn Subject, case: &Case, seed: u64) -> Verdict {
 
 /// Runs a case `repeats` times, judges the first output, and compares the others with it bit by bit.
 pub fn check_repeatedly(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize) -> Verdict {
+    check_variant(subject, case, seed, repeats, None)
+}
+
+/// As [`check_repeatedly`], of the variant of this name: one of [`Subject::variants`]. `None` leaves the choice to the
+/// subject.
+pub fn check_variant(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize, variant: Option<&str>) -> Verdict {
     let attempt = || -> Result<Verdict> {
-        let inputs = Inputs::draw(case, seed)?;
+        let mut inputs = Inputs::draw(case, seed)?;
+        inputs.variant = variant.map(str::to_owned);
         let first = Outcome::new(subject, case, &inputs)?;
         let mut verdict = first.judge(case, &inputs)?;
         for _ in 1..repeats {
@@ -142,6 +154,7 @@ impl Outcome {
             irreproducible: 0,
             refused: None,
             unsupported: false,
+            device_failed: false,
             pass: true,
         };
         let problem = problem_of(inputs, &self.out, self.lse.is_some())?;
@@ -183,21 +196,36 @@ impl Outcome {
         })
     }
 
-    /// Whether a row (batch, head and position in one number) may be NaN although it does not see the special key: when
-    /// its tile of query rows visits the key's tile.
+    /// Whether a row (batch, head and position in one number) may be NaN although it sees nothing that is not finite: when
+    /// its tile of query rows visits the tile of the special key, or the row's own query is special and a mask hides all
+    /// its keys.
     fn may_spread(&self, case: &Case, problem: &Problem, row: usize) -> bool {
-        let (Some(Special { key, .. }), Some([tile_q, tile_k])) = (case.special, self.ran.tile) else { return false };
+        let (Some(Special { key, tensor, .. }), Some(tile)) = (case.special, self.ran.tile) else { return false };
+        let (order, sharing) = match tensor {
+            SpecialTensor::Query => (case.memory[0].order, 1),
+            SpecialTensor::Key => (case.memory[1].order, problem.group()),
+            SpecialTensor::Value => (case.memory[2].order, problem.group()),
+        };
         let (head, i) = (row / problem.seq_len_q, row % problem.seq_len_q);
-        if head >= problem.group() {
+        if head >= if order == Order::Expanded { problem.num_heads_q } else { sharing } {
             return false;
         }
-        let first = i / tile_q * tile_q;
-        let rows = first..(first + tile_q).min(problem.seq_len_q);
-        let seen = || rows.clone().map(|i| problem.visible_keys(i)).filter(|keys| !keys.is_empty());
-        let start = seen().map(|keys| keys.start).min().unwrap_or(0);
-        let end = seen().map(|keys| keys.end).max().unwrap_or(0);
-        (start / tile_k * tile_k..end.next_multiple_of(tile_k)).contains(&key)
+        match tensor {
+            SpecialTensor::Query => i == key,
+            SpecialTensor::Key | SpecialTensor::Value => visited(problem, i, tile).contains(&key),
+        }
     }
+}
+
+/// The keys of the tiles that the tile of query row `i` visits: from what its first row may see to what its last row may.
+fn visited(problem: &Problem, i: usize, [tile_q, tile_k]: [usize; 2]) -> Range<usize> {
+    let first = i / tile_q * tile_q;
+    let last = (first + tile_q).min(problem.seq_len_q) - 1;
+    let keys = problem.seq_len_k as i64;
+    let (start, end) = problem.band.map_or((0, keys), |Band { lo, hi }| {
+        ((first as i64 + i64::from(lo)).max(0), (last as i64 + i64::from(hi) + 1).clamp(0, keys))
+    });
+    start as usize / tile_k * tile_k..(end as usize).next_multiple_of(tile_k)
 }
 
 /// The problem that a call poses.
@@ -235,7 +263,13 @@ impl Verdict {
         if self.error.as_ref().is_none_or(|worst| badness(worst) < badness(&error)) {
             self.error = Some(error);
         }
-        if let Some(lse) = &judged.lse {
+        if let Some(lse) = &mut judged.lse {
+            for (row, (x, exact)) in lse.iter_mut().zip(&exact.lse).enumerate() {
+                if x.is_nan() && !exact.is_nan() && may_spread(row) {
+                    *x = *exact as f32;
+                    self.spread += 1;
+                }
+            }
             let error = judge_lse(problem, lse, &exact, &reference);
             if self.lse.as_ref().is_none_or(|worst| (!worst.pass, worst.ratio) < (!error.pass, error.ratio)) {
                 self.lse = Some(error);

@@ -186,6 +186,9 @@ impl HostTensor {
     }
 
     /// One element; an index along a dimension of size 1 counts as 0, so that a mask broadcasts.
+    ///
+    /// # Panics
+    /// When the index lies outside the memory.
     pub fn get(&self, index: [usize; 4]) -> f32 {
         let Layout { shape, strides, .. } = self.layout;
         let at = |dim: usize| if shape[dim] == 1 { 0 } else { index[dim] };
@@ -199,10 +202,9 @@ impl HostTensor {
         each!(&mut self.data, data => data[at] = Cell::from_f32(x));
     }
 
-    /// Overwrites one element of the memory, wherever it is.
-    #[cfg(test)]
+    /// Overwrites one element of the memory, in the tensor or around it; there is none beyond the rim.
     pub(super) fn poke(&mut self, element: usize, x: f32) {
-        each!(&mut self.data, data => data[element] = Cell::from_f32(x));
+        each!(&mut self.data, data => data.get_mut(element).into_iter().for_each(|to| *to = Cell::from_f32(x)));
     }
 
     /// The whole tensor.
@@ -318,6 +320,11 @@ impl HostTensor {
         both!(&self.data, &other.data, (x, y) => {
             x.len() == y.len() && x.iter().zip(y).all(|(x, y)| x.bits() == y.bits())
         }, else false)
+    }
+
+    /// The whole memory as f32: exact, but for f64.
+    pub(super) fn memory(&self) -> Vec<f32> {
+        each!(&self.data, data => data.iter().map(|x| x.to_f32()).collect())
     }
 
     /// The whole memory, little endian.

@@ -38,33 +38,40 @@ impl Inputs {
     /// [`crate::Error::InvalidArgument`] when the sizes overflow.
     pub fn draw(case: &Case, seed: u64) -> Result<Self> {
         let name = case.to_string();
-        let shapes = case.shapes();
-        let normal = |i: usize, tensor: &str| -> Result<HostTensor> {
-            let mut drawn = HostTensor::input(case.dtype, shapes[i], case.memory[i])?;
-            let mut rng = generator(seed, &name, tensor);
-            let factor = f64::from(case.magnitude[i]).exp2();
-            drawn.draw(|_| (rng.sample::<f64, _>(StandardNormal) * factor) as f32);
-            Ok(drawn)
-        };
-        let mut inputs = Self {
-            query: normal(0, "query")?,
-            key: normal(1, "key")?,
-            value: normal(2, "value")?,
-            attn_mask: case
-                .attn_mask
-                .map(|mask| draw_mask(case, mask, generator(seed, &name, "attn_mask")))
-                .transpose()?,
-            options: case.options,
-            variant: None,
-        };
+        let mut inputs = Self::undrawn(case)?;
+        let tensors = [("query", &mut inputs.query), ("key", &mut inputs.key), ("value", &mut inputs.value)];
+        for ((name_of, tensor), exponent) in tensors.into_iter().zip(case.magnitude) {
+            let mut rng = generator(seed, &name, name_of);
+            let factor = f64::from(exponent).exp2();
+            tensor.draw(|_| (rng.sample::<f64, _>(StandardNormal) * factor) as f32);
+        }
+        if let (Some(tensor), Some(mask)) = (&mut inputs.attn_mask, case.attn_mask) {
+            draw_mask(tensor, mask, generator(seed, &name, "attn_mask"));
+        }
         if let Some(special) = case.special {
             let tensor = match special.tensor {
+                SpecialTensor::Query => &mut inputs.query,
                 SpecialTensor::Key => &mut inputs.key,
                 SpecialTensor::Value => &mut inputs.value,
             };
             tensor.set([0, 0, special.key, tensor.layout().shape[3] / 2], special.value.as_f32());
         }
         Ok(inputs)
+    }
+
+    /// A case's inputs before they are drawn: all poison.
+    pub(super) fn undrawn(case: &Case) -> Result<Self> {
+        let shapes = case.shapes();
+        let tensor = |i: usize| HostTensor::input(case.dtype, shapes[i], case.memory[i]);
+        let mask = |mask: Mask| HostTensor::input(mask.kind.dtype(case.dtype), case.mask_shape(mask), mask.memory);
+        Ok(Self {
+            query: tensor(0)?,
+            key: tensor(1)?,
+            value: tensor(2)?,
+            attn_mask: case.attn_mask.map(mask).transpose()?,
+            options: case.options,
+            variant: None,
+        })
     }
 
     /// Poisoned outputs for a case: the attention's, and its log-sum-exp where the case asks for it.
@@ -81,8 +88,7 @@ impl Inputs {
     }
 }
 
-fn draw_mask(case: &Case, mask: Mask, mut rng: ChaCha8Rng) -> Result<HostTensor> {
-    let mut tensor = HostTensor::input(mask.kind.dtype(case.dtype), case.mask_shape(mask), mask.memory)?;
+fn draw_mask(tensor: &mut HostTensor, mask: Mask, mut rng: ChaCha8Rng) {
     let (visible, hidden) = match mask.kind {
         MaskType::Bool => (None, 0.0),
         MaskType::Query | MaskType::F32 => (Some(2.0), f32::NEG_INFINITY),
@@ -97,7 +103,6 @@ fn draw_mask(case: &Case, mask: Mask, mut rng: ChaCha8Rng) -> Result<HostTensor>
         let bias = visible.map_or(1.0, |spread: f32| spread * rng.sample::<f32, _>(StandardNormal));
         if hides_row || hides_key { hidden } else { bias }
     });
-    Ok(tensor)
 }
 
 /// A generator for one tensor of one case.

@@ -21,6 +21,7 @@ use super::subject::Subject;
 use super::trial::{Answer, Findings, Question, Remap, Trial};
 use crate::attention::CausalAlign::{BottomRight, TopLeft};
 use crate::attention::{AttentionOptions, Window};
+use crate::cpu::oracle::ulp;
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -401,21 +402,29 @@ fn ones(trial: &Trial<'_>, found: &mut Findings) -> Result<()> {
 }
 
 /// A query of zeros weighs all keys that it sees alike: the output is their values' mean, the log-sum-exp the logarithm of
-/// their number.
+/// their number. Values are on a grid, so that their sum is exact in fp32 under weights of 1, and the output of a kernel
+/// that divides after it has summed is rounded once: it is held to half a unit in the last place of the element type, and
+/// to the fp32 rounding of weights and quotient.
 fn uniform(trial: &Trial<'_>, found: &mut Findings) -> Result<()> {
-    let mut question = trial.question.clone();
-    question.inputs.query = mapped(&question.inputs.query, question.case.memory[0], |_, _| 0.0)?;
-    let answer = trial.ask(question, found)?;
+    const NOISE: f64 = 1.0 / (1 << 20) as f64;
     let Question { case, inputs } = &trial.question;
+    let mut question = trial.question.clone();
+    question.inputs.query = mapped(&inputs.query, case.memory[0], |_, _| 0.0)?;
+    question.inputs.value = mapped(&inputs.value, case.memory[2], |_, x| on_grid(x, 0.125, 4.0))?;
+    let value = question.inputs.value.clone();
+    let answer = trial.ask(question, found)?;
     let group = case.num_heads_q / case.num_heads_kv;
     for (row, [b, h, i]) in answer.rows().enumerate() {
         let visible = |j: usize| inputs.attn_mask.as_ref().is_none_or(|mask| mask.get([b, h, i, j]) != 0.0);
         let keys: Vec<usize> = (0..case.seq_len_k).filter(|&j| sees(case, i, j) && visible(j)).collect();
         let count = keys.len() as f64;
         for d in 0..answer.dim() {
-            let sum: f64 = keys.iter().map(|&j| f64::from(inputs.value.get([b, h / group, j, d]))).sum();
-            let mean = if keys.is_empty() { 0.0 } else { sum / count };
-            found.compare("output", answer.out[row * answer.dim() + d], mean, answer.tolerance[row]);
+            let values = || keys.iter().map(|&j| f64::from(value.get([b, h / group, j, d])));
+            let share = 1.0 / count.max(1.0);
+            let mean = share * values().sum::<f64>();
+            let noise = NOISE * share * values().map(f64::abs).sum::<f64>();
+            let bound = ulp(case.dtype, mean) / 2.0 + noise;
+            found.compare("output", answer.out[row * answer.dim() + d], mean, bound);
         }
         if let Some(lse) = &answer.lse {
             found.compare("log-sum-exp", lse[row], count.ln(), answer.lse_tolerance[row]);

@@ -1,29 +1,45 @@
-//! What is kept of a run: rows with their environment as JSON, and tables for people.
+//! What is kept of a run as JSON, and what people and other programs read: tables, Markdown, JUnit.
+//!
+//! Everything is made from the JSON, so that a report of a file says what the run said.
+
+use std::collections::BTreeMap;
 
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
+use quick_junit::{NonSuccessKind, TestCase, TestCaseStatus, TestSuite};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::case::Case;
-use super::correct::Verdict;
-use super::measure::{Measurement, Summary};
-use crate::runtime::Runtime;
-use crate::tensor::Device;
+use super::environment::Environment;
+use super::measure::{ProcessReport, Protocol, Raw};
 
 /// Format of the JSON.
 const SCHEMA: &str = "flashcore.evidence/1";
+/// Failures that are printed in full.
+const SHOWN: usize = 20;
 
 /// A run as JSON.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     /// Format of the JSON.
-    pub schema: &'static str,
+    pub schema: String,
     /// What the run is about.
     pub topic: String,
     /// Commit of the sources, as the caller says.
     pub commit: String,
     /// Where it ran.
     pub env: Environment,
+    /// How it was measured and judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<Protocol>,
+    /// What was measured: one arm, or a baseline and a candidate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arms: Vec<String>,
+    /// Where the samples are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub raw: Option<Raw>,
+    /// What the processes that measured said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub processes: Vec<ProcessReport>,
     /// One row per result; `kind` says which.
     pub rows: Vec<Value>,
 }
@@ -31,205 +47,391 @@ pub struct Evidence {
 impl Evidence {
     /// A run without rows yet.
     pub fn new(topic: &str, commit: &str, env: Environment) -> Self {
-        Self { schema: SCHEMA, topic: topic.into(), commit: commit.into(), env, rows: Vec::new() }
-    }
-}
-
-/// Where a run ran.
-#[derive(Clone, Debug, Serialize)]
-pub struct Environment {
-    /// Version of this crate.
-    pub flashcore: &'static str,
-    /// `cpu` or `cuda:N`.
-    pub device: String,
-    /// Why this device, when it was not asked for.
-    pub why: Option<String>,
-    /// The GPU.
-    pub gpu: Option<Gpu>,
-    /// The machine code.
-    pub bundle: Option<BundleRecord>,
-    /// The host's processor.
-    pub cpu: String,
-    /// Threads of the CPU backend.
-    pub threads: usize,
-    /// Operating system and architecture.
-    pub platform: String,
-    /// The inputs' seed.
-    pub seed: u64,
-}
-
-/// A GPU and its driver.
-#[derive(Clone, Debug, Serialize)]
-pub struct Gpu {
-    /// Marketing name.
-    pub name: String,
-    /// Compute capability.
-    pub compute_capability: String,
-    /// Streaming multiprocessors.
-    pub sm_count: u32,
-    /// Device memory in bytes.
-    pub total_memory: usize,
-    /// CUDA version of the driver.
-    pub cuda: String,
-}
-
-/// Which machine code ran.
-#[derive(Clone, Debug, Serialize)]
-pub struct BundleRecord {
-    /// Its architecture.
-    pub arch: String,
-    /// Hash of the bundle file.
-    pub sha256: String,
-    /// Number of variants.
-    pub variants: usize,
-    /// The Triton that compiled it.
-    pub triton: String,
-    /// The assembler.
-    pub ptxas: String,
-}
-
-impl Environment {
-    /// Describes a runtime. `bundle` are the bytes of a bundle that is not embedded.
-    pub fn of(runtime: &Runtime, why: Option<String>, bundle: Option<&[u8]>, seed: u64) -> Self {
-        let gpu = runtime.device_info().map(|info| Gpu {
-            name: info.name.clone(),
-            compute_capability: format!("{}.{}", info.compute_capability.0, info.compute_capability.1),
-            sm_count: info.sm_count,
-            total_memory: info.total_memory,
-            cuda: format!("{}.{}", info.driver_version / 1000, info.driver_version % 1000 / 10),
-        });
-        let record = runtime.manifest().map(|manifest| BundleRecord {
-            arch: manifest.arch.clone(),
-            sha256: bundle.or_else(|| embedded(&manifest.arch)).map(crate::bundle::sha256_hex).unwrap_or_default(),
-            variants: manifest.variants.len(),
-            triton: manifest.compiler.triton.clone(),
-            ptxas: manifest.compiler.ptxas.clone(),
-        });
         Self {
-            flashcore: env!("CARGO_PKG_VERSION"),
-            device: runtime.device().to_string(),
-            why,
-            gpu,
-            bundle: record,
-            cpu: processor(),
-            threads: rayon::current_num_threads(),
-            platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
-            seed,
+            schema: SCHEMA.into(),
+            topic: topic.into(),
+            commit: commit.into(),
+            env,
+            protocol: None,
+            arms: Vec::new(),
+            raw: None,
+            processes: Vec::new(),
+            rows: Vec::new(),
         }
     }
 
-    /// One line for people.
-    pub fn summary(&self) -> String {
-        let on = match (&self.gpu, &self.bundle) {
-            (Some(gpu), Some(bundle)) => {
-                format!("{} ({}), CUDA {}, bundle {}", self.device, gpu.name, gpu.cuda, bundle.arch)
+    /// Adds a row of a kind.
+    ///
+    /// # Errors
+    /// None for the rows of this crate: they are all maps with text keys.
+    pub fn push(&mut self, kind: &str, row: &impl Serialize) -> serde_json::Result<()> {
+        let mut value = serde_json::to_value(row)?;
+        if let Value::Object(fields) = &mut value {
+            fields.insert("kind".into(), kind.into());
+        }
+        self.rows.push(value);
+        Ok(())
+    }
+
+    /// The rows of a kind.
+    pub fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Value> + Clone {
+        self.rows.iter().filter(move |row| row["kind"] == kind)
+    }
+}
+
+/// A table with what it is about.
+pub struct Section {
+    /// A line or two.
+    pub title: String,
+    /// Its rows.
+    pub table: Table,
+}
+
+/// Everything a document has tables for.
+pub fn sections(evidence: &Evidence) -> Vec<Section> {
+    type Make = fn(&Evidence) -> (String, Table);
+    let all: [(&str, Make); 8] = [
+        ("correct", correct_table),
+        ("property", property_table),
+        ("measure", measure_table),
+        ("compare", |evidence| compare_table(evidence, "compare")),
+        ("baseline", |evidence| compare_table(evidence, "baseline")),
+        ("calibration", calibration_table),
+        ("mutant", mutant_table),
+        ("planted", planted_table),
+    ];
+    let present = all.into_iter().filter(|(kind, _)| evidence.of_kind(kind).next().is_some());
+    present.map(|(_, make)| make(evidence)).map(|(title, table)| Section { title, table }).collect()
+}
+
+/// A document for people: the same tables, and every failure.
+pub fn markdown(evidence: &Evidence) -> String {
+    let mut text = format!("# {}\n\n{}, commit `{}`\n", evidence.topic, evidence.env.summary(), evidence.commit);
+    for Section { title, table } in sections(evidence) {
+        text += &format!("\n{title}\n\n{table}\n");
+    }
+    let failures: Vec<_> = outcomes(evidence).into_iter().filter_map(|test| Some((test.name, test.failure?))).collect();
+    if !failures.is_empty() {
+        text += "\n## Not passed\n\n";
+        failures.iter().for_each(|(name, why)| text += &format!("- {name}: {why}\n"));
+    }
+    text
+}
+
+/// A document for CI systems.
+///
+/// # Errors
+/// When the text cannot be written.
+pub fn junit(evidence: &Evidence) -> Result<String, quick_junit::SerializeError> {
+    let mut report = quick_junit::Report::new(format!("flashcore-validate {}", evidence.topic));
+    let mut suites: BTreeMap<String, TestSuite> = BTreeMap::new();
+    for test in outcomes(evidence) {
+        let status = match test.failure {
+            None => TestCaseStatus::success(),
+            Some(why) => {
+                let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
+                status.set_message(why);
+                status
             }
-            _ => format!("the CPU backend, {} threads of {}", self.threads, self.cpu),
         };
-        let why = self.why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
-        format!("flashcore {} on {on}{why}, seed {}", self.flashcore, self.seed)
+        let mut case = TestCase::new(test.name, status);
+        if let Some(seconds) = test.seconds {
+            case.set_time(std::time::Duration::from_secs_f64(seconds));
+        }
+        let suite = suites.entry(test.suite.clone()).or_insert_with(|| TestSuite::new(test.suite));
+        suite.add_test_case(case);
     }
+    report.add_test_suites(suites.into_values());
+    report.to_string()
 }
 
-#[cfg(feature = "cuda")]
-fn embedded(arch: &str) -> Option<&'static [u8]> {
-    crate::bundle::embedded().iter().find(|(name, _)| *name == arch).map(|(_, bytes)| *bytes)
-}
-
-#[cfg(not(feature = "cuda"))]
-fn embedded(_: &str) -> Option<&'static [u8]> {
-    None
-}
-
-fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    name.map_or_else(|| std::env::consts::ARCH.into(), |(_, name)| name.trim().into())
-}
-
-/// One case of the correctness matrix.
-#[derive(Clone, Debug, Serialize)]
-pub struct CorrectRow {
-    /// Name of the case.
+/// What was decided about one thing.
+pub struct TestOutcome {
+    /// The kind of row.
+    pub suite: String,
+    /// What it is about.
     pub name: String,
-    /// The case.
-    pub case: Case,
-    /// How often it ran.
-    pub repeats: usize,
-    /// What became of it.
-    #[serde(flatten)]
-    pub verdict: Verdict,
-    /// Seconds, oracle included.
-    pub seconds: f64,
+    /// Why it did not pass.
+    pub failure: Option<String>,
+    seconds: Option<f64>,
 }
 
-/// One measured configuration.
-#[derive(Clone, Debug, Serialize)]
-pub struct MeasureRow {
-    /// Name of the case.
-    pub name: String,
-    /// The case.
-    pub case: Case,
-    /// Whether it is right.
-    #[serde(flatten)]
-    pub verdict: Verdict,
-    /// How fast it is.
-    #[serde(flatten)]
-    pub measurement: Measurement,
+/// Everything that a document decides.
+pub fn outcomes(evidence: &Evidence) -> Vec<TestOutcome> {
+    evidence.rows.iter().filter_map(outcome).collect()
 }
 
-/// A row as JSON, tagged with its kind.
-pub(super) fn row(kind: &str, row: &impl Serialize) -> serde_json::Result<Value> {
-    let mut value = serde_json::to_value(row)?;
-    if let Value::Object(fields) = &mut value {
-        fields.insert("kind".into(), kind.into());
+fn outcome(row: &Value) -> Option<TestOutcome> {
+    let kind = row["kind"].as_str()?;
+    let (name, failure) = match kind {
+        "correct" | "repeat" | "variant" => {
+            (text(&row["name"]), (row["correct"] != true).then(|| text(&row["reason"])))
+        }
+        "property" => (
+            format!("{} of {}", text(&row["property"]), text(&row["case"])),
+            (row["pass"] != true).then(|| text(&row["reason"])),
+        ),
+        "compare" | "baseline" => {
+            let name = format!("{} {}", text(&row["name"]), text(&row["mode"]));
+            (name, (row["outcome"] != "pass").then(|| compared(row)))
+        }
+        "calibration" => {
+            (calibrated(row), (row["met"] != true).then(|| format!("rate {}, not {}", row["rate"], row["bound"])))
+        }
+        "mutant" => (text(&row["name"]), (row["killed"] != true).then(|| "lives".to_owned())),
+        "planted" => {
+            let name =
+                format!("{} {}, expected {}", text(&row["candidate"]), text(&row["mode"]), text(&row["expected"]));
+            (name, (row["pass"] != true).then(|| format!("{} regressions", row["regressions"])))
+        }
+        _ => return None,
+    };
+    Some(TestOutcome { suite: kind.into(), name, failure, seconds: row["seconds"].as_f64() })
+}
+
+fn compared(row: &Value) -> String {
+    let (comparison, judged) = (&row["comparison"], &row["judged"]);
+    format!(
+        "{}: {} is {} times {}, 95 % [{}, {}], p {}; would find {} %",
+        text(&row["outcome"]),
+        text(&row["arms"][1]),
+        figure(&comparison["ratio"], 4),
+        text(&row["arms"][0]),
+        figure(&comparison["ci95"]["low"], 4),
+        figure(&comparison["ci95"]["high"], 4),
+        figure(&judged["p_holm"], 4),
+        percent(&judged["mde"]),
+    )
+}
+
+/// Failures for people, as many as a screen holds.
+pub fn failures(evidence: &Evidence) -> Vec<String> {
+    let failed: Vec<_> = outcomes(evidence).into_iter().filter_map(|test| Some((test.name, test.failure?))).collect();
+    let mut lines: Vec<String> =
+        failed.iter().take(SHOWN).map(|(name, why)| format!("NOT PASSED {name}: {why}")).collect();
+    if failed.len() > SHOWN {
+        lines.push(format!("... and {} more", failed.len() - SHOWN));
     }
-    Ok(value)
+    lines
 }
 
-/// What one family of cases came to.
-struct Family<'a> {
-    name: &'a str,
-    rows: Vec<&'a CorrectRow>,
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-impl Family<'_> {
-    fn cells(&self) -> Vec<String> {
-        let errors = || self.rows.iter().filter_map(|row| row.verdict.error.as_ref());
-        let worst = |figures: &mut dyn Iterator<Item = f64>| figures.filter(|x| x.is_finite()).fold(0.0, f64::max);
-        let ratios: Vec<f64> = errors().map(|e| e.ratio).filter(|r| *r > 0.0 && r.is_finite()).collect();
-        let geomean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len().max(1) as f64).exp();
-        let lse = self.rows.iter().filter_map(|row| row.verdict.lse.as_ref());
-        vec![
-            self.name.into(),
-            self.rows.len().to_string(),
-            self.rows.iter().filter(|row| row.verdict.pass).count().to_string(),
-            format!("{:.2}", worst(&mut errors().filter(|e| e.bound > 0.0).map(|e| e.e / e.bound))),
-            format!("{geomean:.2}"),
-            format!("{:.1}", worst(&mut errors().map(|e| e.max_ulp))),
-            format!("{:.2}", worst(&mut lse.map(|lse| lse.ratio))),
-            format!("{:.1}", self.rows.iter().map(|row| row.seconds).sum::<f64>()),
-        ]
+fn figure(value: &Value, digits: usize) -> String {
+    value.as_f64().map_or_else(|| "-".into(), |x| format!("{x:.digits$}"))
+}
+
+fn percent(value: &Value) -> String {
+    value.as_f64().map_or_else(|| "-".into(), |x| format!("{:.2}", x * 100.0))
+}
+
+fn us(value: &Value) -> String {
+    value.as_f64().map_or_else(|| "-".into(), |ns| format!("{:.2}", ns * 1e-3))
+}
+
+/// Rows in order of a text field's first appearance, and all of them at the end.
+fn grouped<'a>(
+    rows: impl Iterator<Item = &'a Value>,
+    name: impl Fn(&Value) -> String,
+) -> Vec<(String, Vec<&'a Value>)> {
+    let mut groups: Vec<(String, Vec<&Value>)> = Vec::new();
+    let mut all = Vec::new();
+    for row in rows {
+        all.push(row);
+        let name = name(row);
+        match groups.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, rows)) => rows.push(row),
+            None => groups.push((name, vec![row])),
+        }
     }
+    groups.push(("all".into(), all));
+    groups
 }
 
-/// The correctness matrix by family.
-pub(super) fn correct_table(rows: &[CorrectRow]) -> Table {
+/// Whether the reference has an error to speak of: where scores saturate it has none, and a ratio to it says nothing.
+fn decided(row: &Value) -> bool {
+    row["e_ref"].as_f64().is_some_and(|e| e > 1e-6) && row["ratio"].as_f64().is_some_and(|ratio| ratio > 0.0)
+}
+
+fn correct_table(evidence: &Evidence) -> (String, Table) {
     let header =
         ["family", "cases", "pass", "worst error / bound", "geomean e / e_ref", "max ulp", "worst lse / bound", "s"];
     let mut table = new_table(&header);
-    let mut families: Vec<Family<'_>> = Vec::new();
+    for (name, rows) in grouped(evidence.of_kind("correct"), |row| text(&row["case"]["family"])) {
+        let worst = |figure: &dyn Fn(&Value) -> Option<f64>| {
+            rows.iter().filter_map(|row| figure(row)).filter(|x| x.is_finite()).fold(0.0, f64::max)
+        };
+        let share = |row: &Value| Some(row["e"].as_f64()? / row["bound"].as_f64().filter(|bound| *bound > 0.0)?);
+        let ratios: Vec<f64> = rows.iter().filter(|row| decided(row)).filter_map(|row| row["ratio"].as_f64()).collect();
+        let geomean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len().max(1) as f64).exp();
+        table.add_row([
+            name,
+            rows.len().to_string(),
+            rows.iter().filter(|row| row["correct"] == true).count().to_string(),
+            format!("{:.2}", worst(&share)),
+            format!("{geomean:.2}"),
+            format!("{:.1}", worst(&|row| row["max_ulp"].as_f64())),
+            format!("{:.2}", worst(&|row| row["lse"]["ratio"].as_f64())),
+            format!("{:.1}", rows.iter().filter_map(|row| row["seconds"].as_f64()).sum::<f64>()),
+        ]);
+    }
+    let repeats: Vec<&Value> = evidence.of_kind("repeat").collect();
+    let failed = |rows: &mut dyn Iterator<Item = &Value>| rows.filter(|row| row["correct"] != true).count();
+    let title = format!(
+        "Correctness against the fp64 oracle (e <= 1.5 e_ref + 1 ulp): {} problems, {} failed; pinned to each \
+         variant that can compute them {}, {} failed; {} run {} times, {} not bit-identical.",
+        evidence.of_kind("correct").count(),
+        failed(&mut evidence.of_kind("correct")),
+        evidence.of_kind("variant").count(),
+        failed(&mut evidence.of_kind("variant")),
+        repeats.len(),
+        repeats.first().and_then(|row| row["repeats"].as_u64()).unwrap_or_default(),
+        failed(&mut repeats.iter().copied()),
+    );
+    (title, table)
+}
+
+fn property_table(evidence: &Evidence) -> (String, Table) {
+    let mut table = new_table(&["property", "problems", "pass", "largest difference / bound", "same bits"]);
+    for (name, rows) in grouped(evidence.of_kind("property"), |row| text(&row["property"])) {
+        let share = |row: &&Value| Some(row["error"].as_f64()? / row["bound"].as_f64().filter(|bound| *bound > 0.0)?);
+        let bits: Vec<bool> = rows.iter().filter_map(|row| row["bitwise"].as_bool()).collect();
+        table.add_row([
+            name,
+            rows.len().to_string(),
+            rows.iter().filter(|row| row["pass"] == true).count().to_string(),
+            format!("{:.2}", rows.iter().filter_map(share).fold(0.0, f64::max)),
+            if bits.is_empty() {
+                "-".into()
+            } else {
+                format!("{} of {}", bits.iter().filter(|x| **x).count(), bits.len())
+            },
+        ]);
+    }
+    ("Relations between results.".into(), table)
+}
+
+fn measure_table(evidence: &Evidence) -> (String, Table) {
+    let header = ["mode", "case", "arm", "us", "95 %", "p90", "p99", "ess", "TFLOP/s", "floor us", "empty call us"];
+    let mut table = new_table(&header);
+    let mut rows: Vec<&Value> = evidence.of_kind("measure").collect();
+    rows.sort_by_key(|row| super::measure::Mode::ALL.iter().position(|mode| row["mode"] == mode.name()));
     for row in rows {
-        match families.iter_mut().find(|family| family.name == row.case.family) {
-            Some(family) => family.rows.push(row),
-            None => families.push(Family { name: &row.case.family, rows: vec![row] }),
-        }
+        let stats = &row["stats"];
+        let percentile = |p: f64| {
+            let found = stats["percentiles"].as_array().and_then(|all| all.iter().find(|x| x["p"] == p));
+            found.filter(|x| !x["ci"].is_null()).map_or_else(|| "-".into(), |x| us(&x["ns"]))
+        };
+        let floor = ["bytes_us", "flops_us"].iter().filter_map(|field| row["floor"][*field].as_f64());
+        table.add_row([
+            text(&row["mode"]),
+            text(&row["name"]),
+            text(&row["arm_name"]),
+            us(&stats["median"]),
+            format!("{}..{}", us(&stats["ci95"]["low"]), us(&stats["ci95"]["high"])),
+            percentile(0.9),
+            percentile(0.99),
+            figure(&stats["ess"], 0),
+            figure(&row["tflops"], 3),
+            floor.reduce(f64::max).map_or_else(|| "-".into(), |us| format!("{us:.1}")),
+            us(&row["timer"]["floor_ns"]),
+        ]);
     }
-    families.push(Family { name: "all", rows: rows.iter().collect() });
-    for family in families {
-        table.add_row(family.cells());
+    let protocol = evidence
+        .protocol
+        .as_ref()
+        .map(|p| format!(" {} processes of {} blocks of {} samples.", p.processes, p.blocks, p.samples));
+    let title = "Medians. call: whole calls with an empty queue, by the host's clock. cold, hot: one launch by events, the \
+                 L2 cache flushed or warm. graph: one of the launches in a graph. floor: bytes or operations at the card's \
+                 measured ceilings."
+        .to_owned();
+    (title + &protocol.unwrap_or_default(), table)
+}
+
+fn compare_table(evidence: &Evidence, kind: &str) -> (String, Table) {
+    let header =
+        ["mode", "case", "ratio", "95 %", "Hodges-Lehmann", "p (Holm)", "would find, %", "discarded, %", "verdict"];
+    let mut table = new_table(&header);
+    let mut arms = String::new();
+    for row in evidence.of_kind(kind) {
+        let (comparison, judged) = (&row["comparison"], &row["judged"]);
+        arms = format!("{} / {}", text(&row["arms"][1]), text(&row["arms"][0]));
+        table.add_row([
+            text(&row["mode"]),
+            text(&row["name"]),
+            figure(&comparison["ratio"], 4),
+            format!("{}..{}", figure(&comparison["ci95"]["low"], 4), figure(&comparison["ci95"]["high"], 4)),
+            figure(&comparison["hodges_lehmann"], 4),
+            figure(&judged["p_holm"], 4),
+            percent(&judged["mde"]),
+            percent(&row["discarded"]),
+            text(&row["outcome"]),
+        ]);
     }
-    table
+    let margin = evidence.protocol.as_ref().map_or(0.0, |protocol| protocol.margin * 100.0);
+    (format!("Times of {arms}. A regression is a ratio above {:.4}.", 1.0 + margin / 100.0), table)
+}
+
+fn calibrated(row: &Value) -> String {
+    format!("{} at {} %", text(&row["question"]).replace('_', " "), percent(&row["planted"]))
+}
+
+fn bound(fields: &serde_json::Map<String, Value>) -> String {
+    fields.iter().map(|(name, rate)| format!("{} {rate}", name.replace('_', " "))).collect()
+}
+
+fn calibration_table(evidence: &Evidence) -> (String, Table) {
+    let mut table = new_table(&["what", "trials", "rate", "95 %", "must be", "holds"]);
+    for row in evidence.of_kind("calibration") {
+        table.add_row([
+            calibrated(row),
+            text(&row["trials"]),
+            figure(&row["rate"], 4),
+            format!("{}..{}", figure(&row["ci95"]["low"], 4), figure(&row["ci95"]["high"], 4)),
+            row["bound"].as_object().map_or_else(|| "-".into(), bound),
+            if row["met"] == true { "yes" } else { "NO" }.into(),
+        ]);
+    }
+    ("How often the verdict is wrong: suites of samples with a known answer.".into(), table)
+}
+
+fn mutant_table(evidence: &Evidence) -> (String, Table) {
+    let mut table = new_table(&["mutant", "what is wrong with it", "killed", "by"]);
+    for row in evidence.of_kind("mutant") {
+        table.add_row([
+            text(&row["name"]),
+            text(&row["description"]),
+            if row["killed"] == true { "yes" } else { "NO" }.into(),
+            row["case"].as_str().unwrap_or("-").to_owned(),
+        ]);
+    }
+    let rows = evidence.of_kind("mutant");
+    let killed = rows.clone().filter(|row| row["killed"] == true).count();
+    (format!("Wrong kernels: {killed} of {} killed.", rows.count()), table)
+}
+
+fn planted_table(evidence: &Evidence) -> (String, Table) {
+    let header = ["candidate", "mode", "ratios", "regression", "inconclusive", "pass", "expected", "as it should"];
+    let mut table = new_table(&header);
+    for row in evidence.of_kind("planted") {
+        let ratio = |end: fn(f64, f64) -> f64| {
+            let ratios = row["ratios"].as_array().into_iter().flatten().filter_map(Value::as_f64);
+            ratios.reduce(end).map_or_else(|| "-".into(), |ratio| format!("{ratio:.4}"))
+        };
+        table.add_row([
+            text(&row["candidate"]),
+            text(&row["mode"]),
+            format!("{}..{}", ratio(f64::min), ratio(f64::max)),
+            text(&row["regressions"]),
+            text(&row["inconclusive"]),
+            text(&row["passes"]),
+            text(&row["expected"]),
+            if row["pass"] == true { "yes" } else { "NO" }.into(),
+        ]);
+    }
+    ("Comparisons with a known answer: how many cases came to which verdict.".into(), table)
 }
 
 /// Classes of inputs beside the reference.
@@ -249,35 +451,6 @@ pub(super) fn ct_time_table(rows: &[super::ct_time::Row]) -> Table {
             format!("{largest:.4} +- {:.4}", row.test.band),
             format!("{:.4}", row.test.margin),
             format!("{:?}", row.test.outcome),
-        ]);
-    }
-    table
-}
-
-/// The measured configurations.
-pub(super) fn measure_table(rows: &[MeasureRow], device: Device) -> Table {
-    let header =
-        ["configuration", "variant", "correct", "call us", "min..max", "device us", "min..max", "TFLOP/s", "floor us"];
-    let mut table = new_table(&header);
-    for MeasureRow { case, verdict, measurement, .. } in rows {
-        let figure = |summary: Option<Summary>| {
-            summary.map_or(["-".into(), "-".into()], |s| {
-                let digits = usize::from(device != Device::Cpu);
-                [format!("{:.digits$}", s.median), format!("{:.digits$}..{:.digits$}", s.min, s.max)]
-            })
-        };
-        let [call, call_range] = figure(Some(measurement.call_us));
-        let [launch, launch_range] = figure(measurement.device_us);
-        table.add_row([
-            format!("S {} B {} H {} D {}", case.seq_len_q, case.batch, case.num_heads_q, case.head_dim_qk),
-            verdict.variant.clone().unwrap_or_default(),
-            if verdict.pass { "yes" } else { "NO" }.into(),
-            call,
-            call_range,
-            launch,
-            launch_range,
-            format!("{:.3}", measurement.tflops),
-            measurement.floor.map_or("-".into(), |floor| format!("{:.1}", floor.us())),
         ]);
     }
     table

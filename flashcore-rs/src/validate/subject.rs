@@ -2,10 +2,12 @@
 
 use serde::Serialize;
 
+use super::case::Case;
+use super::correct::problem_of;
 use super::host::HostTensor;
 use super::inputs::Inputs;
-use crate::attention::last_plan;
 use crate::attention::recent::last_planned;
+use crate::attention::{BaseAlign, capable, last_plan};
 use crate::error::Result;
 use crate::runtime::Runtime;
 use crate::tensor::{Device, TensorView, TensorViewMut};
@@ -18,6 +20,14 @@ pub trait Subject {
     /// # Errors
     /// Whatever keeps it from computing.
     fn compute(&self, inputs: &Inputs, out: &mut HostTensor, lse: Option<&mut HostTensor>) -> Result<Ran>;
+
+    /// The variants that compute a case when the inputs name them; none where there is nothing to choose from.
+    ///
+    /// # Errors
+    /// As [`Inputs::draw`].
+    fn variants(&self, _case: &Case) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
 }
 
 /// What computed it.
@@ -37,6 +47,18 @@ impl Subject for Runtime {
             Device::Cpu => run_on_host(self, inputs, out, lse),
             Device::Cuda(_) => run_on_device(self, inputs, out, lse),
         }
+    }
+
+    fn variants(&self, case: &Case) -> Result<Vec<String>> {
+        let Some(manifest) = self.manifest() else { return Ok(Vec::new()) };
+        let (out, lse) = Inputs::outputs(case)?;
+        let problem = problem_of(&Inputs::undrawn(case)?, &out, lse.is_some())?;
+        if problem.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Memory on a device starts at a multiple of 256 bytes, and so does a tensor in it but for its offset.
+        let align = BaseAlign::of(case.memory.map(|memory| (memory.offset * case.dtype.size()) as u64));
+        Ok(capable(manifest, &problem, align).into_iter().map(|variant| variant.name.clone()).collect())
     }
 }
 

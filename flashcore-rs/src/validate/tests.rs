@@ -104,10 +104,8 @@ fn cases_survive_json() {
 #[test]
 fn evidence_has_its_fields() {
     let environment = Environment::of(&Runtime::cpu(), Some("a test".into()), None, 3);
-    let mut evidence = Evidence::new("first-light", "abc", environment);
-    let verdict = check(&SOUND, &square(), 3);
-    let correct = CorrectRow { name: "x".into(), case: square(), repeats: 1, verdict, seconds: 0.5 };
-    evidence.rows.push(report::row("correct", &correct).expect("a row"));
+    let mut evidence = Evidence::new("test", "abc", environment);
+    evidence.push("correct", &check(&SOUND, &square(), 3)).expect("a row");
     let text = serde_json::to_string(&evidence).expect("JSON");
     let json: serde_json::Value = serde_json::from_str(&text).expect("a document");
     assert_eq!(json["schema"], "flashcore.evidence/1");
@@ -117,7 +115,8 @@ fn evidence_has_its_fields() {
     for field in ["e", "e_ref", "ratio", "bound", "max_ulp", "rel_fro"] {
         assert!(row[field].is_number(), "{field} in {row}");
     }
-    assert!(row["lse"]["e"].is_number() && row["case"]["dtype"] == "f16");
+    assert!(row["lse"]["e"].is_number());
+    assert_eq!(serde_json::from_str::<Evidence>(&text).expect("evidence"), evidence);
 }
 
 #[test]
@@ -306,33 +305,67 @@ fn repeats_are_compared_bit_by_bit() {
 }
 
 #[test]
-fn measurements_add_up() {
-    let case = Case::new("test", [2, 2], [40, 50], 16).without_lse();
-    let protocol = Protocol { rounds: 3, calls: 2, warmup: 1 };
-    let mut turns = 0;
-    let measured = measure(&Runtime::cpu(), &[case.clone(), case], 0, protocol, &mut || turns += 1).expect("figures");
-    assert_eq!((measured.len(), turns), (2, 6));
-    for Measurement { call_us, device_us, tflops, floor } in measured {
-        assert!(0.0 < call_us.min && call_us.min <= call_us.median && call_us.median <= call_us.max);
-        assert_eq!((call_us.rounds, device_us, floor), (3, None, None));
-        let flops = 4.0 * 2.0 * 2.0 * 40.0 * 50.0 * 16.0;
-        assert!((tflops * call_us.median * 1e6 / flops - 1.0).abs() < 1e-9);
-    }
-    assert_eq!(Summary::of(&[3.0, 1.0, 2.0, 10.0]), Summary { median: 2.5, min: 1.0, max: 10.0, rounds: 4 });
+fn operations_are_those_of_visible_keys() {
+    let case = Case::new("test", [2, 2], [40, 50], 16);
+    let per_score = 2.0 * 2.0 * 2.0 * (16.0 + 16.0);
+    assert_eq!(flops(&case), per_score * 40.0 * 50.0);
+    assert_eq!(flops(&case.clone().mask(Mode::TopLeft)), per_score * (40 * 41 / 2) as f64);
+    assert_eq!(flops(&case.clone().mask(Mode::BottomRight)), per_score * (11..=50).sum::<i32>() as f64);
+    let band = case.window(CausalAlign::TopLeft, Some(1), Some(1));
+    assert_eq!(flops(&band), per_score * (2 + 39 * 3) as f64);
 }
 
 #[test]
 fn the_floor_is_that_of_the_card() {
     let case = &classic()[8];
     let bytes = 4.0 * (512 * 32 * 8 * 64 * 2) as f64;
-    let floor = Floor::of(case, 787e12, "NVIDIA H200").expect("a floor");
-    assert!((floor.bytes_us - bytes / 4480e9 * 1e6).abs() < 1e-9 && (floor.flops_us - 1e6).abs() < 1e-6);
-    assert_eq!(Floor::of(case, 1.0, "NVIDIA L4"), None);
+    let floor = Floor::of(case, "NVIDIA H200").expect("a floor");
+    assert!((floor.bytes_us - bytes / 4480e9 * 1e6).abs() < 1e-9);
+    assert!((floor.flops_us - flops(case) / 787e12 * 1e6).abs() < 1e-9);
+    assert_eq!(Floor::of(case, "NVIDIA L4"), None);
 }
 
 #[test]
 fn protocols_suit_the_device() {
-    assert!(Protocol::for_device(Device::Cuda(0), false).rounds > Protocol::for_device(Device::Cpu, false).rounds);
+    let [gpu, cpu] = [Device::Cuda(0), Device::Cpu].map(|device| Protocol::for_device(device, false));
+    assert!(gpu.processes > cpu.processes && gpu.modes.len() > cpu.modes.len());
+}
+
+/// What a throttled card leaves is discarded by the rule, and too much of it concludes nothing.
+#[test]
+fn throttled_samples_are_discarded() {
+    let protocol = Protocol { modes: vec![measure::Mode::Hot], min_sm_share: Some(0.75), ..Protocol::default() };
+    let sample = |process: u32, block: u32, slow: bool, arm: u32| Sample {
+        case: 0,
+        mode: measure::Mode::Hot,
+        process,
+        block,
+        position: arm,
+        arm,
+        ns: if slow { 3000.0 } else { 1000.0 + f64::from(process) },
+        sm_mhz: Some(if slow { 900.0 } else { 1980.0 }),
+    };
+    let run = |slow: u32| {
+        let each = |process| {
+            (0..20).flat_map(move |block| [0, 1].map(|arm| sample(process, block, block < slow && arm == 1, arm)))
+        };
+        let samples: Vec<Sample> = (0..6).flat_map(each).collect();
+        let arms = ["a".to_owned(), "b".to_owned()];
+        let (cases, processes) = ([square()], []);
+        let measured = Measured {
+            cases: &cases,
+            arms: &arms,
+            protocol: &protocol,
+            processes: &processes,
+            samples: &samples,
+            device: "",
+        };
+        (measured.measured(), measured.compared().remove(0))
+    };
+    let (rows, compared) = run(1);
+    assert_eq!((rows[1].stats.samples, rows[1].discarded, rows[1].stats.max), (6 * 19, 0.05, 1005.0));
+    assert_eq!((rows[0].discarded, compared.outcome), (0.0, stats::Outcome::Pass));
+    assert_eq!(run(2).1.outcome, stats::Outcome::Inconclusive);
 }
 
 #[test]
@@ -354,8 +387,9 @@ fn every_bundle_answers_every_case() {
         .map(|(arch, bytes)| crate::bundle::Bundle::parse(bytes).unwrap_or_else(|error| panic!("{arch}: {error}")))
         .collect();
     let mut missing = Vec::new();
-    for case in matrix(Extent::Default).iter().chain(&classic()) {
-        let inputs = Inputs::draw(case, 0).expect("inputs");
+    let others = property_cases(Extent::Default).into_iter().chain(random_cases(1000, 0));
+    for case in matrix(Extent::Default).iter().chain(&classic()).chain(&others.collect::<Vec<_>>()) {
+        let inputs = Inputs::undrawn(case).expect("inputs");
         let (out, lse) = Inputs::outputs(case).expect("outputs");
         let problem = correct::problem_of(&inputs, &out, lse.is_some()).expect("a problem");
         if problem.is_empty() {
@@ -392,6 +426,12 @@ fn a_device_is_driven_by_the_rules() {
             assert!(verdict.pass, "{arch}: {case}: {}", verdict.reason());
             let variant = verdict.variant.unwrap_or_default();
             assert!(variant.starts_with("attention_forward") || case.family == "empty", "{case}: {variant}");
+            let variants = runtime.variants(case).expect("variants");
+            assert!(case.family == "empty" || variants.contains(&variant), "{case}: {variant} is not in {variants:?}");
+            if let Some(variant) = variants.last() {
+                let pinned = check_variant(&runtime, case, 0, 1, Some(variant));
+                assert!(pinned.pass && pinned.variant.as_ref() == Some(variant), "{case}: {}", pinned.reason());
+            }
         }
         for case in property_cases(Extent::Quick).iter().step_by(10) {
             let verdicts = check_properties(&runtime, case, 1);
@@ -403,10 +443,18 @@ fn a_device_is_driven_by_the_rules() {
                 .all(|verdict| verdict.bitwise == Some(true) && verdict.variants.len() == 1);
             assert!(pinned, "{arch}: {case}: a head alone is answered by another variant");
         }
-        let protocol = Protocol { rounds: 2, calls: 1, warmup: 1 };
+        let protocol = Protocol { processes: 1, blocks: 2, samples: 3, warmup: 2, ..Protocol::default() };
         let case = Case::new("test", [2, 2], [20, 20], 64).without_lse();
-        let measured = measure(&runtime, &[case], 0, protocol, &mut || ()).expect("figures");
-        assert_eq!(measured[0].device_us.map(|summary| summary.rounds), Some(2));
+        let delayed = ArmSpec { source: Source::Embedded, delay_us: 5.0 };
+        let suite = Suite { cases: vec![case], arms: vec![Source::Embedded.into(), delayed], ordinal: 0, protocol };
+        let mut out = Vec::new();
+        measure::measure_on(&[runtime.clone(), runtime.clone()], &suite, 0, &mut out).expect("a run");
+        let (samples, reports) = measure::read_lines(out.as_slice(), &mut || ()).expect("lines");
+        assert_eq!((samples.len(), reports.len()), (suite.samples_per_process(), 1));
+        for mode in measure::Mode::ALL {
+            let of_mode = samples.iter().filter(|sample| sample.mode == mode && sample.ns > 0.0);
+            assert_eq!(of_mode.count(), 2 * 2 * 3, "{mode}");
+        }
         assert_eq!(driver.violations(), Vec::<String>::new());
     }
 }

@@ -12,6 +12,7 @@ use super::subject::{Ran, Subject};
 use crate::attention::Problem;
 use crate::cpu::oracle::{Reference, eager, judge, lse_bound, oracle, values};
 use crate::error::{Error, Result};
+use crate::tensor::TensorView;
 
 /// A call that is known in full.
 #[derive(Clone)]
@@ -125,13 +126,9 @@ impl Answer {
     }
 }
 
-type Evaluate = for<'a> fn(
-    &Problem,
-    crate::tensor::TensorView<'a>,
-    crate::tensor::TensorView<'a>,
-    crate::tensor::TensorView<'a>,
-    Option<crate::tensor::TensorView<'a>>,
-) -> Reference;
+/// The oracle, or the eager reference.
+type Evaluate =
+    for<'a> fn(&Problem, TensorView<'a>, TensorView<'a>, TensorView<'a>, Option<TensorView<'a>>) -> Reference;
 
 /// Questions about one case, and what the answers have in common.
 pub(super) struct Trial<'a> {

@@ -36,6 +36,7 @@ const CAPTURE_MODE_THREAD_LOCAL: c_uint = 1;
 const CAPTURE_MODE_RELAXED: c_uint = 2;
 const FUNC_MAX_DYNAMIC_SHARED: c_uint = 8;
 const DEVICE_ATTR_SM_COUNT: c_uint = 16;
+const DEVICE_ATTR_L2_BYTES: c_uint = 38;
 const DEVICE_ATTR_CC_MAJOR: c_uint = 75;
 const DEVICE_ATTR_CC_MINOR: c_uint = 76;
 const DEVICE_ATTR_SHARED_OPTIN: c_uint = 97;
@@ -172,6 +173,7 @@ impl Driver for CudaDriver {
             sm_count: self.attribute(device, DEVICE_ATTR_SM_COUNT)?,
             shared_bytes_optin: self.attribute(device, DEVICE_ATTR_SHARED_OPTIN)?,
             total_memory,
+            l2_bytes: self.attribute(device, DEVICE_ATTR_L2_BYTES)?,
             driver_version: driver_version.unsigned_abs(),
         })
     }

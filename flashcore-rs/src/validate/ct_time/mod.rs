@@ -17,9 +17,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 pub use self::classes::{CLASSES, Class};
-pub use self::stats::{Comparison, Outcome, compare, rate};
+pub use self::stats::{Comparison, Outcome, Summary, compare, rate};
 use super::case::Case;
-use super::measure::{Arm, Summary};
+use super::measure::Arm;
 use super::stats::quantum;
 use crate::error::Result;
 use crate::runtime::Runtime;

@@ -85,6 +85,34 @@ pub fn rate(one: &[f64], other: &[f64], margin: f64, error: f64, trials: usize, 
     different.count() as f64 / trials.max(1) as f64
 }
 
+/// Figures of several rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// The middle one.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+    /// How many.
+    pub rounds: usize,
+}
+
+impl Summary {
+    /// Sums up at least one figure.
+    pub fn of(figures: &[f64]) -> Self {
+        let mut sorted = figures.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let [low, high] = [(sorted.len() - 1) / 2, sorted.len() / 2];
+        Self {
+            median: (sorted[low] + sorted[high]) / 2.0,
+            min: sorted[0],
+            max: sorted[sorted.len() - 1],
+            rounds: sorted.len(),
+        }
+    }
+}
+
 /// Rounds in blocks, drawn with replacement.
 fn resample(count: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     let block = BLOCK.min(count.max(1));

@@ -131,11 +131,13 @@ impl Process {
 
 /// Compares two arms that took turns in the same processes; `None` with fewer than two processes that have both.
 ///
-/// Each process gives one log ratio, and these a t-interval. Its squared standard error is the variance between processes
-/// over their number, plus what rounding to the clock's step `q` can hide. Rounding an arm whose process medians spread by
-/// `s` leaves a bias whose mean square is at most `q^2/12 exp(-(2 pi s/q)^2)` (from the characteristic function of the
-/// rounding error: Widrow and Kollár, "Quantization Noise", 2008, section 5): `q^2/12` where all processes say the same,
-/// and nothing once they spread over half a step. A clock that says nothing but one time may have that time for a step.
+/// Each process gives one log ratio, and these a t-interval. To their variance, and to their mean, belongs what rounding
+/// to the clock's step `q` can hide. An arm's process medians vary by at least `q^2/12`, whatever a few of them show. And
+/// where they spread by less than half a step, they are all rounded the same way: the mean square of that bias is at
+/// most `q^2/12 exp(-(2 pi s/q)^2)` for a spread `s` (from the characteristic function of the rounding error: Widrow and
+/// Kollár, "Quantization Noise", 2008, section 5). So the squared standard error is `max(v, r)/n + b`, where `v` is the
+/// variance of `n` log ratios, `r` the sum over the arms of `q^2/12` and `b` that of the bias, both over the square of the
+/// arm's mean. A clock that says nothing but one time may have that time for a step.
 pub fn compare(processes: &[Vec<Block>], settings: &Settings) -> Option<Comparison> {
     let (estimate, paired) = paired(processes)?;
     let log_ratios: Vec<f64> = paired.iter().map(|process| process.log_ratio).collect();
@@ -166,9 +168,12 @@ fn paired(processes: &[Vec<Block>]) -> Option<(Estimate, Vec<Process>)> {
     let samples: Vec<f64> = processes.iter().flatten().flat_map(|block| block.arms.iter().flatten()).copied().collect();
     let step = step(&samples);
     let log_ratios: Vec<f64> = paired.iter().map(|process| process.log_ratio).collect();
-    let rounding =
-        |arm: usize| rounding(&paired.iter().map(|process| process.medians[arm]).collect::<Vec<f64>>(), step);
-    let squared = variance(&log_ratios) / paired.len() as f64 + rounding(0) + rounding(1);
+    let rounding = [0, 1].map(|arm| {
+        let medians: Vec<f64> = paired.iter().map(|process| process.medians[arm]).collect();
+        Rounding::of(&medians, step)
+    });
+    let spread = variance(&log_ratios).max(rounding[0].variance + rounding[1].variance);
+    let squared = spread / paired.len() as f64 + rounding[0].bias + rounding[1].bias;
     let df = (paired.len() - 1) as f64;
     Some((Estimate { processes: paired.len(), log_ratio: mean(&log_ratios), se: squared.sqrt(), df }, paired))
 }
@@ -187,12 +192,12 @@ pub fn compare_unpaired(baseline: &[Series], candidate: &[Series], settings: &Se
         return None;
     }
     let logs = arms.each_ref().map(|medians| -> Vec<f64> { medians.iter().map(|median| median.ln()).collect() });
-    let squares = logs.each_ref().map(|logs| variance(logs) / logs.len() as f64);
-    let rounding = rounding(&arms[0], step) + rounding(&arms[1], step);
+    let rounding = arms.each_ref().map(|medians| Rounding::of(medians, step));
+    let squares = [0, 1].map(|arm| variance(&logs[arm]).max(rounding[arm].variance) / logs[arm].len() as f64);
     let estimate = Estimate {
         processes: logs[0].len().min(logs[1].len()),
         log_ratio: mean(&logs[1]) - mean(&logs[0]),
-        se: (squares[0] + squares[1] + rounding).sqrt(),
+        se: (squares[0] + squares[1] + rounding[0].bias + rounding[1].bias).sqrt(),
         df: welch(squares, [logs[0].len(), logs[1].len()]),
     };
     let single = |logs: &[f64]| -> Vec<Vec<f64>> { logs.iter().map(|&log| vec![log]).collect() };
@@ -227,13 +232,23 @@ fn step(samples: &[f64]) -> f64 {
     only.or_else(|| quantum(&samples)).unwrap_or(0.0)
 }
 
-/// What rounding may add to the squared standard error of a log median, from the processes' medians; see [`compare`].
-fn rounding(medians: &[f64], step: f64) -> f64 {
-    if step <= 0.0 {
-        return 0.0;
+/// What rounding does to the log medians of an arm; see [`compare`].
+struct Rounding {
+    /// Variance of one.
+    variance: f64,
+    /// Mean square of what they have in common.
+    bias: f64,
+}
+
+impl Rounding {
+    fn of(medians: &[f64], step: f64) -> Self {
+        if step <= 0.0 {
+            return Self { variance: 0.0, bias: 0.0 };
+        }
+        let square = (step / mean(medians)).powi(2) / 12.0;
+        let spread = 2.0 * std::f64::consts::PI * variance(medians).sqrt() / step;
+        Self { variance: square, bias: square * (-spread * spread).exp() }
     }
-    let spread = 2.0 * std::f64::consts::PI * variance(medians).sqrt() / step;
-    (step / mean(medians)).powi(2) / 12.0 * (-spread * spread).exp()
 }
 
 /// What a comparison is put together from; logarithms.

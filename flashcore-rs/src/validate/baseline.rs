@@ -1,0 +1,145 @@
+//! A run beside an earlier one, from their files.
+//!
+//! Times of different runs can be compared only where they were taken on the same kind of machine. Runs with a reference
+//! arm are an exception: what is compared is then how the candidate's time relates to that of the reference, measured in
+//! turns with it. That is how a baseline in a repository can gate runs on machines that nobody chose.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::case::Case;
+use super::environment::Environment;
+use super::measure::{Mode, Protocol, Sample, Source};
+use super::open::read;
+use super::report::Evidence;
+use super::stats::{Series, compare_unpaired, judge_suite};
+use super::summary::{CompareRow, MeasureRow, Measured, settings, verdict};
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// A run that was written to a file, with its samples.
+#[derive(Clone, Debug)]
+pub struct Document {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What was written.
+    pub evidence: Evidence,
+    /// The samples that it names.
+    pub samples: Vec<Sample>,
+    /// How it was measured.
+    pub protocol: Protocol,
+    /// The cases, by index.
+    pub cases: Vec<Case>,
+}
+
+impl Document {
+    /// Reads a document and its samples.
+    ///
+    /// # Errors
+    /// When one of them is not there, is not what was written, or is not of a measurement.
+    pub fn read(path: &Path) -> Result<Self> {
+        let evidence: Evidence =
+            serde_json::from_slice(&read(path)?).map_err(|error| format!("{}: {error}", path.display()))?;
+        let (Some(raw), Some(protocol)) = (&evidence.raw, &evidence.protocol) else {
+            return Err(format!("{}: no samples; give a file that `measure` or `compare` wrote", path.display()).into());
+        };
+        let (samples, protocol) = (raw.read(path)?, protocol.clone());
+        let cases = cases(&evidence)?;
+        Ok(Self { path: path.into(), evidence, samples, protocol, cases })
+    }
+
+    /// What its rows are made from.
+    pub fn measured(&self) -> Measured<'_> {
+        Measured {
+            cases: &self.cases,
+            arms: &self.evidence.arms,
+            protocol: &self.protocol,
+            processes: &self.evidence.processes,
+            samples: &self.samples,
+            device: self.evidence.env.gpu.as_ref().map_or("", |gpu| &gpu.name),
+        }
+    }
+
+    /// Whether its unit is a reference that was measured in turns with the arm.
+    fn is_relative(&self) -> bool {
+        self.evidence.arms.len() == 2
+            && self.evidence.arms[0] == super::measure::ArmSpec::from(Source::Reference).to_string()
+    }
+
+    /// Times of the last arm by process, in the document's unit.
+    fn series(&self, case: usize, mode: Mode, relative: bool) -> Vec<Series> {
+        match relative {
+            true => self.measured().ratios(case, mode),
+            false => self.measured().times(case, mode, self.evidence.arms.len() - 1),
+        }
+    }
+
+    fn name(&self) -> String {
+        let file = self.path.file_name().unwrap_or_default().to_string_lossy();
+        format!("{} ({file})", self.evidence.arms.last().map_or("", String::as_str))
+    }
+}
+
+/// The cases of a document's rows, by index.
+fn cases(evidence: &Evidence) -> Result<Vec<Case>> {
+    let mut cases: Vec<Option<Case>> = Vec::new();
+    for row in evidence.of_kind("measure") {
+        let row: MeasureRow = serde_json::from_value(row.clone())?;
+        cases.resize(cases.len().max(row.case_index + 1), None);
+        cases[row.case_index] = Some(row.case);
+    }
+    cases.into_iter().collect::<Option<_>>().ok_or_else(|| "a case without a row".into())
+}
+
+/// Compares the cases and modes that both runs have, by the candidate's protocol.
+///
+/// # Errors
+/// When the machines differ and there is no reference, or the runs have nothing in common.
+pub fn compare_documents(baseline: &Document, candidate: &Document) -> Result<Vec<CompareRow>> {
+    let relative = baseline.is_relative() && candidate.is_relative();
+    if !relative {
+        same_machine(&baseline.evidence.env, &candidate.evidence.env)?;
+    }
+    let theirs: HashMap<String, usize> =
+        baseline.cases.iter().enumerate().map(|(index, case)| (case.to_string(), index)).collect();
+    let protocol = &candidate.protocol;
+    let settings = settings(protocol);
+    let mut rows = Vec::new();
+    for &mode in &protocol.modes {
+        let both = candidate.cases.iter().enumerate().filter_map(|(ours, case)| {
+            let name = case.to_string();
+            let &old = theirs.get(&name)?;
+            let discarded = baseline.measured().discarded(old, mode).max(candidate.measured().discarded(ours, mode));
+            let times = [baseline.series(old, mode, relative), candidate.series(ours, mode, relative)];
+            Some(((ours, name, discarded), compare_unpaired(&times[0], &times[1], &settings)?))
+        });
+        let (cases, compared): (Vec<_>, Vec<_>) = both.unzip();
+        let judged = judge_suite(&compared, &settings);
+        for (((case_index, name, discarded), comparison), judged) in cases.into_iter().zip(compared).zip(judged) {
+            let outcome = verdict(&judged, discarded, protocol);
+            let arms = [baseline.name(), candidate.name()];
+            rows.push(CompareRow { case_index, name, mode, arms, comparison, judged, discarded, outcome });
+        }
+    }
+    if rows.is_empty() {
+        let (one, other) = (baseline.path.display(), candidate.path.display());
+        return Err(format!("{one} and {other} have no case and mode in common, with two processes each").into());
+    }
+    Ok(rows)
+}
+
+fn same_machine(one: &Environment, other: &Environment) -> Result<()> {
+    let machine = |env: &Environment| match &env.gpu {
+        Some(gpu) => format!("{} at {:?} W with {}", gpu.name, gpu.board.as_ref().and_then(|b| b.power_cap_w), env.cpu),
+        None => format!("{}, {} threads", env.cpu, env.threads),
+    };
+    let (one, other) = (machine(one), machine(other));
+    if one == other {
+        return Ok(());
+    }
+    Err(format!(
+        "the baseline is of {one}, this is {other}: times of different machines say nothing about the code. Measure a \
+                 baseline here, or, on the CPU, both with the reference arm"
+    )
+    .into())
+}
