@@ -340,16 +340,6 @@ def _begin(
 
 
 @gluon.jit
-def _source(p, turn):
-    """Where the loads of this turn's tile begin: its batch, query head, first row, last key block, number of blocks."""
-    head, row, col, steps = p.tile(turn)
-    if p.SPLIT:
-        head = head // p.splits
-    batch = _quotient(head, p.num_heads_q)
-    return batch, head - batch * p.num_heads_q, row, col, steps
-
-
-@gluon.jit
 def _produce(
     sizes,
     q_desc,
@@ -364,9 +354,12 @@ def _produce(
     """The producer warp: issue every load, in the order in which the consumers need them."""
     p, q_ring, k_ring, v_ring = _begin(sizes, rings, BAND, SPLIT, CONSUMERS, QUERIES)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
-    next_source = _source(p, gl.to_tensor(0))
     for turn in range(p.tiles()):
-        batch, head_q, row, col, steps = next_source
+        head, row, col, steps = p.tile(turn)
+        if p.SPLIT:
+            head = head // p.splits
+        batch = _quotient(head, p.num_heads_q)
+        head_q = head - batch * p.num_heads_q
         head_kv = head_q // p.group
         # The place of a single query is free last, that of a second one first.
         if QUERIES == 1:
@@ -375,8 +368,6 @@ def _produce(
             q_ring.fill(q_desc, batch, head_q, row + wg * p.ROWS, turn * p.CONSUMERS + wg)
         if QUERIES > 1:
             k_ring.fill(k_desc, batch, head_kv, col, blocks)
-        # Its divisions are done here, before a wait for the consumers, and not between two tiles, where these wait.
-        next_source = _source(p, turn + 1)
         for i in range(1, steps):
             k_ring.fill(k_desc, batch, head_kv, col - i * p.KEYS, blocks + i)
             v_ring.fill(v_desc, batch, head_kv, col - (i - 1) * p.KEYS, blocks + i - 1)

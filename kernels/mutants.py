@@ -349,7 +349,7 @@ H_SPLIT = _names("hopper", "f16.d64.dense.split")
 
 # Long enough for the loads that should have waited to arrive.
 PAUSE = 'gl.inline_asm("nanosleep.u32 2000;")'
-BEFORE_PRODUCER = "    next_source = _source(p, gl.to_tensor(0))\n"
+BEFORE_PRODUCER = "    blocks = gl.to_tensor(0)  # key blocks of the tiles before this one\n    for turn"
 
 HOPPER_MUTANTS = (
     Mutant(

@@ -526,15 +526,10 @@ FAULTS: dict[str, list[Edit]] = {
     "producer: one query stage": [swap("turn * p.CONSUMERS + wg)", "turn * p.CONSUMERS)")],
     "producer: tiles not counted": [swap("turn * p.CONSUMERS + wg)", "wg)")],
     "producer: blocks not counted": [swap("        blocks += steps\n        v_ring", "        v_ring")],
-    "producer: batch": [
-        swap("batch = _quotient(head, p.num_heads_q)\n    return", "batch = gl.to_tensor(0)\n    return")
-    ],
+    "producer: batch": [swap("        batch = _quotient(head, p.num_heads_q)", "        batch = gl.to_tensor(0)")],
     "producer: batch of another size": [
-        swap("batch = _quotient(head, p.num_heads_q)\n    return", "batch = _quotient(head, p.group)\n    return")
+        swap("        batch = _quotient(head, p.num_heads_q)", "        batch = _quotient(head, p.group)")
     ],
-    "producer: starts with the next tile": [swap("_source(p, gl.to_tensor(0))", "_source(p, gl.to_tensor(1))")],
-    "producer: next tile is this one": [swap("_source(p, turn + 1)", "_source(p, turn)")],
-    "producer: next tile but one": [swap("_source(p, turn + 1)", "_source(p, turn + 2)")],
     "producer: key head": [swap("head_q // p.group", "head_q % (p.num_heads_q // p.group)")],
     "producer: first key twice": [swap("if QUERIES == 1:\n            k_ring", "if QUERIES > 0:\n            k_ring")],
     "producer: first key forgotten": [
