@@ -102,9 +102,15 @@ class Order:
     """In which order the CTAs compute the tiles of a problem with a band.
 
     There a late tile has more keys than an early one, but the first and the last of a head together have as many as any
-    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The rest, enough for
-    one to two rounds, is dealt out tile by tile, the longest first, and back and forth: who got the longest of one
-    round gets the shortest of the next (longest processing time first: Graham, 1969).
+    other such pair. CTAs take pairs in rounds, head by head so that the keys stay in the cache. The long tile of a pair
+    reads its keys from memory and the short one finds them in the cache: of every 64 CTAs one half begins with the long
+    ones and the other half with the short ones, so that memory has as much to do at any time.
+
+    The rest is dealt out tile by tile, the longest first, and back and forth: who got the longest of one round gets the
+    shortest of the next (longest processing time first: Graham, 1969). That evens out what the rounds leave, but it
+    reads all its keys at its beginning and finds some no longer in the cache at its end. With n pairs in a group it is
+    enough for 1 - 1/n to 2 - 1/n rounds: the fewer tiles a head has, the less they differ, for each costs something
+    besides its keys.
 
     Heads with an odd number of tiles are taken two at a time (`FOLD`), so that their tiles make pairs; else, and where
     the number of heads is odd too, the middle tile of each makes a pair with one that has no rows.
@@ -128,8 +134,9 @@ def _order(heads, tiles_query, FOLD: gl.constexpr):
     groups = heads // fold
     tiles = tiles_query * fold
     per_group = (tiles + 1) // 2
-    rounds = gl.maximum(groups * per_group // ctas - 1, 0)
-    pairs = groups * per_group - rounds * ctas
+    pairs = groups * per_group
+    rounds = gl.maximum((pairs + ctas // per_group) // ctas - 1, 0)
+    pairs -= rounds * ctas
     first_group = (rounds * ctas + per_group - 1) // per_group
     cut = rounds * ctas - (first_group * per_group - per_group)
     groups -= first_group
@@ -179,9 +186,9 @@ class Problem:
             o = self.order
             ctas = gl.num_programs(0)
             cta = gl.program_id(0)
-            # In a round: pair `x` of all groups' pairs, first its long tile, then its short one.
+            # In a round: pair `x` of all groups' pairs, first its long tile or first its short one.
             x = (turn // 2) * ctas + cta
-            long = (turn & 1) == 0
+            long = ((32 * turn + cta) & 32) == 0
             # Afterwards: tile `x` of the rest in order, all long ones by the pair's place in its group, then all short
             # ones, backwards. Places below `cut` have a pair in `groups` groups, the others one more.
             again = turn - 2 * o.rounds
@@ -294,22 +301,24 @@ class Problem:
 
 
 @gluon.jit
-def _problem(
+def _begin(
     sizes,
+    rings,
     BAND: gl.constexpr,
     SPLIT: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    ROWS: gl.constexpr,
-    KEYS: gl.constexpr,
     QUERIES: gl.constexpr,
 ):
-    """Every partition works it out from the kernel's arguments: what is handed to partitions comes through shared
-    memory, and ptxas no longer knows that it is the same for all threads.
+    """What every partition begins with: the problem, and the rings of queries, keys and values.
+
+    It works the problem out from the kernel's arguments: what is handed to partitions comes through shared memory, and
+    ptxas no longer knows that it is the same for all threads.
     """
+    q_ring, k_ring, v_ring = rings
     num_tiles, tiles_query, num_heads_q, group, seq_len_q, seq_len_k, band_lo, band_hi, splits = sizes
     num_tiles *= splits
     heads = num_tiles // tiles_query
-    return Problem(
+    problem = Problem(
         num_tiles,
         gl.to_tensor(tiles_query),
         gl.to_tensor(num_heads_q),
@@ -324,9 +333,10 @@ def _problem(
         BAND,
         SPLIT,
         CONSUMERS,
-        ROWS,
-        KEYS,
+        q_ring.tiles.shape[3],
+        k_ring.tiles.shape[3],
     )
+    return problem, q_ring, k_ring, v_ring
 
 
 @gluon.jit
@@ -342,8 +352,7 @@ def _produce(
     QUERIES: gl.constexpr,
 ):
     """The producer warp: issue every load, in the order in which the consumers need them."""
-    q_ring, k_ring, v_ring = rings
-    p = _problem(sizes, BAND, SPLIT, CONSUMERS, q_ring.tiles.shape[3], k_ring.tiles.shape[3], QUERIES)
+    p, q_ring, k_ring, v_ring = _begin(sizes, rings, BAND, SPLIT, CONSUMERS, QUERIES)
     blocks = gl.to_tensor(0)  # key blocks of the tiles before this one
     for turn in range(p.tiles()):
         head, row, col, steps = p.tile(turn)
@@ -670,8 +679,7 @@ def _consume(
     QUERIES: gl.constexpr,
 ):
     """Consumer `WG`: rows [WG * ROWS, (WG + 1) * ROWS) of every tile."""
-    q_ring, k_ring, v_ring = rings
-    p = _problem(sizes, BAND, SPLIT, CONSUMERS, q_ring.tiles.shape[3], k_ring.tiles.shape[3], QUERIES)
+    p, q_ring, k_ring, v_ring = _begin(sizes, rings, BAND, SPLIT, CONSUMERS, QUERIES)
     D: gl.constexpr = v_ring.tiles.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, p.KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])

@@ -494,6 +494,15 @@ def test_the_order_shares_the_work(tiles_query: int) -> None:
                     assert share >= 0.93, (heads, ctas)
 
 
+@pytest.mark.parametrize("tiles_query", [4, 8, 16])
+def test_long_and_short_tiles_of_pairs_are_computed_at_the_same_time(tiles_query: int) -> None:
+    names = emulator.load(SOURCE)
+    for ctas in (78, 114, 132):
+        _, _, tile = deal(names, tiles_query, 4096 // tiles_query, ctas)
+        long = (tile[:20] >= tiles_query // 2).mean(1)  # of turns that are all of pairs
+        assert (np.abs(long - 0.5) < 0.12).all(), (ctas, long)
+
+
 # --- planted faults ---
 
 # Each fault is a list of edits of the kernel's text. All have to be noticed by some case of the suite: as an error of
@@ -740,7 +749,8 @@ FAULTS: dict[str, list[Edit]] = {
             "gl.program_id(0)",
         )
     ],
-    "order: all in rounds": [swap("gl.maximum(groups * per_group // ctas - 1, 0)", "groups * per_group // ctas")],
+    "order: all in rounds": [swap("(pairs + ctas // per_group) // ctas - 1", "pairs // ctas")],
+    "order: long ones twice": [swap("((32 * turn + cta) & 32)", "(cta & 32)")],
     "order: short ones first": [
         swap("gl.where(r < o.pairs, r, 2 * o.pairs - 1 - r)", "gl.where(r < o.pairs, r, r - o.pairs)")
     ],
