@@ -404,11 +404,12 @@ def label(name: str, dtype: str | None) -> str:
 
 
 def kept(args: argparse.Namespace) -> list[Row]:
-    """Rows of earlier evidence, but for the sets that are measured now."""
+    """Rows of earlier evidence, each with its commit, but for the sets that are measured now."""
     if args.into is None:
         return []
     now = {label(name, args.dtype) for name in args.sets.split(",")}
-    return [row for row in json.loads(args.into.read_text())["rows"] if row["set"] not in now]
+    before = json.loads(args.into.read_text())
+    return [{"commit": before["commit"], **row} for row in before["rows"] if row["set"] not in now]
 
 
 def main() -> int:

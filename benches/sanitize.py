@@ -21,6 +21,8 @@ from pathlib import Path
 
 TOOLS = ("memcheck", "synccheck", "initcheck")
 CALLS = [sys.executable, str(Path(__file__).with_name("sanitizer_calls.py"))]
+# What is run on the shipped kernels.
+CLEAN = ["correct", "--repeats", "1", "--matrix-only"]
 SECONDS = 240
 # Every tensor an allocation of its own: a byte beyond it is nobody's.
 ENVIRONMENT = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -54,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("validator", type=Path)
     parser.add_argument("--planted", type=Path, help="bundles with planted faults")
-    parser.add_argument("--cases", nargs="*", default=["correct", "--repeats", "1", "--matrix-only"], help="arguments of the clean runs")
+    parser.add_argument("--cases", nargs="*", default=CLEAN, help="arguments of the clean runs")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()

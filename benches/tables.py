@@ -422,7 +422,9 @@ def forward(name: str, unit: str) -> Table:
             "of cuDNN (95 % low)",
         ]
         body = [_forward_row(rows, shown, unit) for rows in cases.values()]
-        return markdown(header, body) + _forward_summary(cases)
+        commits = {row["commit"] for row in document["rows"] if row["set"] == name and "commit" in row}
+        kept = "".join(f" Measured earlier, at commit `{commit[:12]}`." for commit in sorted(commits))
+        return markdown(header, body) + _forward_summary(cases) + kept
 
     return table
 
