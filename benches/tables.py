@@ -372,6 +372,9 @@ SECOND_TRIALS: list[Trial] = [
     ("At 256 the first keys before the query", 5, "g1", "k2", (256,), MASKS),
     ("All that was kept", 7, "base", "z1", HEAD_DIMS, MASKS),
     ("One partition of 8 warps, so that consumers share code", 8, "z1", "w1", HEAD_DIMS, MASKS),
+    ("The producer works a tile ahead", 9, "base", "ahead", (64, 128), MASKS),
+    ("Half of the CTAs begin with the short tile of a pair", 9, "ahead", "phase", (64, 128), ("causal",)),
+    ("Short heads leave less to the end", 9, "phase", "rest", (64, 128), ("causal",)),
 ]
 
 
@@ -398,6 +401,24 @@ def _gain(ms: dict[tuple[str, str], float], before: str, after: str, head_dim: i
     cases = {key: json.loads(key) for impl, key in ms if impl == after}
     wanted = [key for key, case in cases.items() if (case["D"], case["mask"]) == (head_dim, mask)]
     return geomean(ms[before, key] / ms[after, key] for key in wanted)
+
+
+def trial(path: str, run: int, arms: list[str], peer: str) -> Table:
+    """One exploratory run by case: how many times faster than the first arm the others are, and all than a peer."""
+
+    @of(path)
+    def table(document: dict[str, Any]) -> str:
+        body: list[list[object]] = []
+        for by_impl in _by_case([row for row in document["rows"] if row["run"] == run]).values():
+            case, ms = by_impl[arms[0]]["case"], {impl: row["ms"] for impl, row in by_impl.items()}
+            faster = (f"{ms[arms[0]] / ms[arm]:.3f}" for arm in arms[1:])
+            beside = (f"{ms[peer] / ms[arm]:.2f}" for arm in arms)
+            shape = f"{case['B']}, {case['Hq']}, {case['Sq']}, {case['D']}"
+            body.append([shape, case["mask"], f"{ms[arms[0]] * 1e3:.1f}", *faster, *beside])
+        names = [*arms[1:], *(f"{arm}, of {PEERS[peer]}" for arm in arms)]
+        return markdown(["B, H, S, D", "mask", f"{arms[0]}, us", *names], body)
+
+    return table
 
 
 FORWARD = "h100/forward.json"
@@ -665,6 +686,7 @@ TABLES: dict[str, Table] = {
     "forward-correctness": matrix,
     "forward-trials": trials("h200/forward-trials.json", FIRST_TRIALS),
     "forward-trials-2": trials("h100/forward-trials.json", SECOND_TRIALS),
+    "forward-trial-order": trial("h100/forward-trials.json", 9, ["base", "ahead", "phase", "rest"], "cudnn"),
     "first-light-configurations": configurations,
     "first-light-correctness": of("h200/first-light.json")(correctness),
     "correctness": of("h100/correctness.json.gz")(correctness),
