@@ -62,7 +62,8 @@ fn measures_replays_and_reports() {
     assert!(output.contains("file/f16 b1 h2 s64 d32") && output.trim_end().ends_with("PASS"), "{output}");
     let document = json(&folder, "run.json");
     assert_eq!((kinds(&document, "measure"), document["processes"].as_array().map(Vec::len)), (1, Some(5)));
-    let row = &document["rows"][0];
+    assert_eq!(kinds(&document, "correct"), 1, "what is measured is checked");
+    let row = &document["rows"][1];
     assert_eq!((&row["mode"], &row["stats"]["samples"]), (&"call".into(), &45.into()));
     assert_eq!(document["raw"]["path"], "run.samples.csv.gz");
 
@@ -185,6 +186,11 @@ fn usage_and_environment_are_exit_code_5() {
         &["measure", "--cases", "no/such/file"],
         &["compare", "--device", "cpu", "--baseline", "no such arm"],
         &["compare", "--device", "cpu", "--baseline", "cpu", "--processes", "1", "--filter", "s128 b8"],
+        &["compare", "--device", "cpu", "--baseline", "cpu", "--margin=-1", "--filter", "s128 b8"],
+        &["compare", "--device", "cpu", "--baseline", "a", "--worker", "true", "--filter", "s128 b8"],
+        &["measure", "--device", "cpu", "--margin", "nan", "--filter", "s128 b8"],
+        &["measure", "--device", "cpu", "--json", "no/such/folder/run.json"],
+        &["dump", "unused", "--filter", "no such case"],
         &["replay", "no/such/file"],
     ] {
         assert_eq!(code(arguments), Some(5), "{arguments:?}");
@@ -192,6 +198,83 @@ fn usage_and_environment_are_exit_code_5() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().to_str().expect("a path");
     assert_eq!(code(&["--device", "cpu", "--filter", "empty", "--json", path]), Some(5), "a folder is no file");
+}
+
+#[test]
+fn a_protocol_that_measures_nothing_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (from, to) in [("samples = 3", "samples = 0"), ("warmup = 5", "alpha = 2.0"), ("warmup = 5", "modes = []")] {
+        let cases = path(&folder, "cases.toml");
+        std::fs::write(&cases, SMALL.replace(from, to)).expect("a file");
+        for command in [&["measure"][..], &["compare", "--baseline", "cpu"]] {
+            let output = validate(&[command, &["--device", "cpu", "--cases", &cases]].concat());
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(5), "{to}: {said}");
+            assert!(said.contains(to.split(' ').next().expect("a word")) && said.contains("accepted"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_worker_that_does_not_measure_is_an_error() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cases = small(&folder);
+    for (worker, said) in
+        [("true", "samples, not 18"), ("false", "ended with"), ("echo hi", "wrote \"hi measure-process 0\"")]
+    {
+        let arms = ["compare", "--device", "cpu", "--baseline", "a", "--candidate", "b", "--cases", &cases];
+        let output = validate(&[&arms[..], &["--worker", worker]].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(5), "{worker}: {error}");
+        assert!(error.contains("process 0 that measures") && error.contains(said), "{worker}: {error}");
+    }
+}
+
+/// A case that no kernel answers, so that measuring fails after checking has.
+#[test]
+fn what_was_found_before_an_error_is_kept_and_the_gravest_code_wins() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cases, run) = (small(&folder), path(&folder, "run.json"));
+    std::fs::write(&cases, SMALL.replace("num_heads_q = 2", "num_heads_q = 2\nnum_heads_kv = 3")).expect("a file");
+    let junit = path(&folder, "run.xml");
+    let measure = ["measure", "--device", "cpu", "--cases", &cases, "--json", &run, "--junit", &junit];
+    assert_eq!(code(&measure), Some(1));
+    let document = json(&folder, "run.json");
+    assert_eq!((kinds(&document, "correct"), kinds(&document, "error"), kinds(&document, "measure")), (1, 1, 0));
+    let xml = std::fs::read_to_string(&junit).expect("a file");
+    assert!(xml.contains("failures=\"2\"") && xml.contains("accepted a number of heads"), "{xml}");
+}
+
+#[test]
+fn compares_what_a_baseline_file_has() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cases, old) = (small(&folder), path(&folder, "old.json.gz"));
+    assert_eq!(code(&["measure", "--device", "cpu", "--cases", &cases, "--json", &old]), Some(0));
+    let compare = |more: &[&str]| {
+        let output = validate(&[&["compare", "--device", "cpu", "--margin", "20", "--baseline", &old], more].concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(compare(&["--candidate", &old]).0, Some(0), "compressed documents");
+    assert_eq!(compare(&[]).0, Some(0));
+    assert_eq!(compare(&["--list"]).0, Some(0));
+    let (exit, said) = compare(&["--cases", &cases]);
+    assert!(exit == Some(5) && said.contains("--cases"), "{said}");
+    let (exit, said) = compare(&["--filter", "nothing"]);
+    assert!(exit == Some(5) && said.contains("no case"), "{said}");
+}
+
+#[test]
+fn one_report_has_the_results_of_every_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [one, other, xml, md] = ["one.json", "other.json.gz", "all.xml", "all.md"].map(|file| path(&folder, file));
+    for (filter, file) in [("empty", &one), ("head_dim", &other)] {
+        assert_eq!(code(&["correct", "--quick", "--device", "cpu", "--filter", filter, "--json", file]), Some(0));
+    }
+    assert_eq!(code(&["report", &one, &other, "--junit", &xml, "--markdown", &md]), Some(0));
+    for file in [xml, md] {
+        let text = std::fs::read_to_string(file).expect("a file");
+        assert!(text.contains("empty") && text.contains("head_dim"), "{text}");
+    }
 }
 
 #[test]

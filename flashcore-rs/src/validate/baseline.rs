@@ -43,8 +43,17 @@ impl Document {
         let (Some(raw), Some(protocol)) = (&evidence.raw, &evidence.protocol) else {
             return Err(format!("{}: no samples; give a file that `measure` or `compare` wrote", path.display()).into());
         };
+        let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+        protocol.check().map_err(|error| named(&error))?;
         let (samples, protocol) = (raw.read(path)?, protocol.clone());
-        let cases = cases(&evidence)?;
+        let cases = cases(&evidence).map_err(|error| named(&error))?;
+        let arms = evidence.arms.len();
+        if !(1..=2).contains(&arms) {
+            return Err(named(&format_args!("{arms} arms; one, or a baseline and a candidate")).into());
+        }
+        if let Some(sample) = samples.iter().find(|sample| !sample.fits(cases.len(), arms, &protocol.modes)) {
+            return Err(named(&format_args!("{sample:?} is of nothing that the document has, or no time")).into());
+        }
         Ok(Self { path: path.into(), evidence, samples, protocol, cases })
     }
 
@@ -61,7 +70,7 @@ impl Document {
     }
 
     /// Whether its unit is a reference that was measured in turns with the arm.
-    fn is_relative(&self) -> bool {
+    pub(super) fn is_relative(&self) -> bool {
         self.evidence.arms.len() == 2
             && self.evidence.arms[0] == super::measure::ArmSpec::from(Source::Reference).to_string()
     }
@@ -88,6 +97,9 @@ fn cases(evidence: &Evidence) -> Result<Vec<Case>> {
     let mut cases: Vec<Option<Case>> = Vec::new();
     for row in evidence.of_kind("measure") {
         let row: MeasureRow = serde_json::from_value(row.clone())?;
+        if row.case_index >= evidence.rows.len() {
+            return Err(format!("case {} of {} rows", row.case_index, evidence.rows.len()).into());
+        }
         cases.resize(cases.len().max(row.case_index + 1), None);
         cases[row.case_index] = Some(row.case);
     }
@@ -131,9 +143,14 @@ pub fn compare_documents(baseline: &Document, candidate: &Document) -> Result<Ve
     Ok(rows)
 }
 
-fn same_machine(one: &Environment, other: &Environment) -> Result<()> {
+/// Times of one machine are those of the other only where both are of one kind.
+pub(super) fn same_machine(one: &Environment, other: &Environment) -> Result<()> {
     let machine = |env: &Environment| match &env.gpu {
-        Some(gpu) => format!("{} at {:?} W with {}", gpu.name, gpu.board.as_ref().and_then(|b| b.power_cap_w), env.cpu),
+        Some(gpu) => {
+            let power_cap = gpu.board.as_ref().and_then(|board| board.power_cap_w);
+            let power_cap = power_cap.map_or_else(|| "an unknown power cap".into(), |watts| format!("{watts} W"));
+            format!("{} at {power_cap} with {}", gpu.name, env.cpu)
+        }
         None => format!("{}, {} threads", env.cpu, env.threads),
     };
     let (one, other) = (machine(one), machine(other));

@@ -90,7 +90,7 @@ pub struct Section {
 /// Everything a document has tables for.
 pub fn sections(evidence: &Evidence) -> Vec<Section> {
     type Make = fn(&Evidence) -> (String, Table);
-    let all: [(&str, Make); 8] = [
+    let all: [(&str, Make); 9] = [
         ("correct", correct_table),
         ("property", property_table),
         ("measure", measure_table),
@@ -99,6 +99,7 @@ pub fn sections(evidence: &Evidence) -> Vec<Section> {
         ("calibration", calibration_table),
         ("mutant", mutant_table),
         ("planted", planted_table),
+        ("ct_time", ct_time_table),
     ];
     let present = all.into_iter().filter(|(kind, _)| evidence.of_kind(kind).next().is_some());
     present.map(|(_, make)| make(evidence)).map(|(title, table)| Section { title, table }).collect()
@@ -118,14 +119,15 @@ pub fn markdown(evidence: &Evidence) -> String {
     text
 }
 
-/// A document for CI systems.
+/// One document for CI systems, of one or several runs.
 ///
 /// # Errors
 /// When the text cannot be written.
-pub fn junit(evidence: &Evidence) -> Result<String, quick_junit::SerializeError> {
-    let mut report = quick_junit::Report::new(format!("flashcore-validate {}", evidence.topic));
+pub fn junit(documents: &[Evidence]) -> Result<String, quick_junit::SerializeError> {
+    let topics: Vec<&str> = documents.iter().map(|evidence| evidence.topic.as_str()).collect();
+    let mut report = quick_junit::Report::new(format!("flashcore-validate {}", topics.join(" ")));
     let mut suites: BTreeMap<String, TestSuite> = BTreeMap::new();
-    for test in outcomes(evidence) {
+    for test in documents.iter().flat_map(outcomes) {
         let status = match test.failure {
             None => TestCaseStatus::success(),
             Some(why) => {
@@ -135,8 +137,8 @@ pub fn junit(evidence: &Evidence) -> Result<String, quick_junit::SerializeError>
             }
         };
         let mut case = TestCase::new(test.name, status);
-        if let Some(seconds) = test.seconds {
-            case.set_time(std::time::Duration::from_secs_f64(seconds));
+        if let Some(time) = test.seconds.and_then(|seconds| std::time::Duration::try_from_secs_f64(seconds).ok()) {
+            case.set_time(time);
         }
         let suite = suites.entry(test.suite.clone()).or_insert_with(|| TestSuite::new(test.suite));
         suite.add_test_case(case);
@@ -158,10 +160,11 @@ pub struct TestOutcome {
 
 /// Everything that a document decides.
 pub fn outcomes(evidence: &Evidence) -> Vec<TestOutcome> {
-    evidence.rows.iter().filter_map(outcome).collect()
+    let most = evidence.protocol.as_ref().map_or(1.0, |protocol| protocol.max_discarded);
+    evidence.rows.iter().filter_map(|row| outcome(row, most)).collect()
 }
 
-fn outcome(row: &Value) -> Option<TestOutcome> {
+fn outcome(row: &Value, most_discarded: f64) -> Option<TestOutcome> {
     let kind = row["kind"].as_str()?;
     let (name, failure) = match kind {
         "correct" | "repeat" | "variant" => {
@@ -171,6 +174,19 @@ fn outcome(row: &Value) -> Option<TestOutcome> {
             format!("{} of {}", text(&row["property"]), text(&row["case"])),
             (row["pass"] != true).then(|| text(&row["reason"])),
         ),
+        "measure" => {
+            let name = format!("{} {} {}", text(&row["name"]), text(&row["mode"]), text(&row["arm_name"]));
+            let discarded = row["discarded"].as_f64().unwrap_or(0.0);
+            let failure = format!("inconclusive: {} % of the samples discarded", percent(&row["discarded"]));
+            (name, (discarded > most_discarded).then_some(failure))
+        }
+        "ct_time" if row["planted"] == false => {
+            let outcome = text(&row["test"]["outcome"]);
+            let name = format!("{} {} {}", text(&row["subject"]), text(&row["case"]), text(&row["class"]));
+            // Where power limits the clock, what data make the card draw may show.
+            let allowed = outcome == "same" || (outcome == "different" && row["regime"] == "power_limited");
+            (name, (!allowed).then_some(outcome))
+        }
         "compare" | "baseline" => {
             let name = format!("{} {}", text(&row["name"]), text(&row["mode"]));
             (name, (row["outcome"] != "pass").then(|| compared(row)))
@@ -184,6 +200,7 @@ fn outcome(row: &Value) -> Option<TestOutcome> {
                 format!("{} {}, expected {}", text(&row["candidate"]), text(&row["mode"]), text(&row["expected"]));
             (name, (row["pass"] != true).then(|| format!("{} regressions", row["regressions"])))
         }
+        "error" => ("the run".into(), Some(text(&row["reason"]))),
         _ => return None,
     };
     Some(TestOutcome { suite: kind.into(), name, failure, seconds: row["seconds"].as_f64() })
@@ -434,26 +451,27 @@ fn planted_table(evidence: &Evidence) -> (String, Table) {
     ("Comparisons with a known answer: how many cases came to which verdict.".into(), table)
 }
 
-/// Classes of inputs beside the reference.
-pub(super) fn ct_time_table(rows: &[super::ct_time::Row]) -> Table {
+fn ct_time_table(evidence: &Evidence) -> (String, Table) {
     let header =
         ["kernel", "regime", "case", "class", "reference us", "us", "largest decile difference", "margin", "test"];
     let mut table = new_table(&header);
-    for row in rows {
-        let largest = row.test.deciles.iter().map(|difference| difference.abs()).fold(0.0, f64::max);
+    for row in evidence.of_kind("ct_time") {
+        let test = &row["test"];
+        let deciles = test["deciles"].as_array().into_iter().flatten().filter_map(Value::as_f64);
+        let largest = deciles.map(f64::abs).fold(0.0, f64::max);
         table.add_row([
-            row.subject.clone(),
-            format!("{:?}", row.regime),
-            row.case.clone(),
-            format!("{:?}", row.class),
-            format!("{:.3}", row.us[0].median),
-            format!("{:.3}", row.us[1].median),
-            format!("{largest:.4} +- {:.4}", row.test.band),
-            format!("{:.4}", row.test.margin),
-            format!("{:?}", row.test.outcome),
+            text(&row["subject"]),
+            text(&row["regime"]),
+            text(&row["case"]),
+            text(&row["class"]),
+            figure(&row["us"][0]["median"], 3),
+            figure(&row["us"][1]["median"], 3),
+            format!("{largest:.4} +- {}", figure(&test["band"], 4)),
+            figure(&test["margin"], 4),
+            text(&test["outcome"]),
         ]);
     }
-    table
+    ("Times of classes of inputs beside the reference, in microseconds.".into(), table)
 }
 
 fn new_table(header: &[&str]) -> Table {

@@ -237,7 +237,9 @@ impl Findings {
             self.misplaced += 1;
         } else {
             let error = (x - expected).abs();
-            if self.worst.is_none_or(|(worst, its, _)| error * its > worst * bound) {
+            // A bound may be 0: what reaches it is then no share of it, and the first that exceeds it is the worst.
+            let share = |error: f64, bound: f64| if error == 0.0 { 0.0 } else { error / bound };
+            if self.worst.is_none_or(|(worst, its, _)| share(error, bound) > share(worst, its)) {
                 self.worst = Some((error, bound, what));
             }
         }
@@ -269,5 +271,25 @@ impl Findings {
             reasons.push(format!("{outside} elements written outside the output, {unwritten} inside not written"));
         }
         reasons.join("; ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exact_element_hides_no_error_after_it() {
+        let mut found = Findings::default();
+        found.compare("log-sum-exp", f64::NEG_INFINITY, f64::NEG_INFINITY, 0.0);
+        found.compare("output", 1.0, 1.0, 0.0);
+        assert_eq!((found.worst(), found.reason()), ((0.0, 0.0), String::new()));
+        found.compare("output", 1.5, 1.0, 0.25);
+        assert_eq!(found.worst(), (0.5, 0.25));
+        found.compare("output", 1.0, 1.0, f64::INFINITY);
+        found.compare("output", 1.25, 1.0, 0.25);
+        assert!(found.reason().starts_with("output off by 5.000e-1"), "{}", found.reason());
+        found.compare("log-sum-exp", 1e-9, 0.0, 0.0);
+        assert_eq!(found.worst(), (1e-9, 0.0));
     }
 }

@@ -51,6 +51,11 @@ impl Arguments {
         cases.extend(random_cases(random, options.seed));
         options.select(cases)
     }
+
+    /// The cases of which the properties are tried.
+    fn property_cases(&self, options: &Options) -> Vec<Case> {
+        if self.matrix_only { Vec::new() } else { options.select(property_cases(options.extent())) }
+    }
 }
 
 /// One case.
@@ -71,15 +76,16 @@ struct Row {
 
 pub(super) fn run(arguments: &Arguments, options: &Options) -> Result<Exit> {
     let cases = arguments.cases(options);
-    if cases.is_empty() {
+    let related = arguments.property_cases(options);
+    if cases.is_empty() && related.is_empty() {
         return Err(options.no_case());
     }
     if options.list {
-        return Ok(list(cases.iter()));
+        return Ok(list(cases.iter().chain(&related)));
     }
     let mut session = Session::new("correctness", options)?;
-    check(&cases, arguments, options, &mut session)?;
-    session.finish(options)
+    let done = check(&cases, arguments, options, &mut session);
+    session.finish(options, done)
 }
 
 /// Checks cases, and the relations between results of others.
@@ -92,7 +98,7 @@ pub(super) fn check(cases: &[Case], arguments: &Arguments, options: &Options, se
     if arguments.every_variant || options.full {
         on_every_variant(&runtime, &small, options, session)?;
     }
-    if arguments.matrix_only { Ok(()) } else { properties(&runtime, options, session) }
+    properties(&runtime, &arguments.property_cases(options), options, session)
 }
 
 fn judge(subject: &dyn Subject, case: &Case, seed: u64, repeats: usize, variant: Option<&str>) -> Row {
@@ -106,7 +112,8 @@ fn exit(pass: bool) -> Exit {
     if pass { Exit::Pass } else { Exit::Correctness }
 }
 
-fn once(subject: &dyn Subject, cases: &[Case], options: &Options, session: &mut Session) -> Result<()> {
+/// Every case once, against the oracle.
+pub(super) fn once(subject: &dyn Subject, cases: &[Case], options: &Options, session: &mut Session) -> Result<()> {
     session.ui.phase("correct", cases.len());
     for family in cases.chunk_by(|one, next| one.family == next.family) {
         let mut passed = 0;
@@ -156,10 +163,9 @@ fn on_every_variant(subject: &dyn Subject, cases: &[&Case], options: &Options, s
     Ok(())
 }
 
-fn properties(subject: &dyn Subject, options: &Options, session: &mut Session) -> Result<()> {
-    let cases = options.select(property_cases(options.extent()));
+fn properties(subject: &dyn Subject, cases: &[Case], options: &Options, session: &mut Session) -> Result<()> {
     session.ui.phase("properties", cases.len());
-    for case in &cases {
+    for case in cases {
         session.ui.doing(&case.to_string());
         for verdict in check_properties(subject, case, options.seed) {
             session.ended(exit(verdict.pass));

@@ -7,7 +7,6 @@ use clap::Args;
 use super::super::ct_time::{self, Outcome, Subject};
 use super::super::measure::Source;
 use super::super::open;
-use super::super::report::ct_time_table;
 use super::{Exit, Options, Result, Session, ordinal, print};
 
 /// What to time.
@@ -41,16 +40,15 @@ pub(super) fn run(arguments: &Arguments, options: &Options) -> Result<Exit> {
             subject(ct_time::planted_name(path), true, runtime, ct_time::planted(options.quick))
         });
     let mut rows = Vec::new();
-    for subject in shipped.chain(leaks) {
+    let done = shipped.chain(leaks).try_for_each(|subject| -> Result<()> {
         session.ui.phase(&subject.name, subject.rounds);
-        rows.extend(ct_time::run(&subject, options.seed, &mut || session.ui.done())?);
-    }
-    for row in &rows {
-        session.evidence.push("ct_time", row)?;
-    }
-    print(&ct_time_table(&rows).to_string());
+        let of_subject = ct_time::run(&subject, options.seed, &mut || session.ui.done())?;
+        of_subject.iter().try_for_each(|row| session.evidence.push("ct_time", row))?;
+        rows.extend(of_subject);
+        Ok(())
+    });
     session.ended(verdict(&rows));
-    session.finish(options)
+    session.finish(options, done)
 }
 
 fn verdict(rows: &[ct_time::Row]) -> Exit {

@@ -33,6 +33,10 @@ pub(super) fn replay(file: &Path, options: &Options) -> Result<Exit> {
         print(&format!("DIFFERENT: {difference}"));
     }
     let exit = if differences.is_empty() { Exit::Pass } else { Exit::Selftest };
+    let elsewhere = again.of_kind("baseline").count();
+    if elsewhere > 0 {
+        print(&format!("{elsewhere} comparisons with another document are as they were: its samples are not here"));
+    }
     print(&format!(
         "{} samples, {} differences from the file\n{}",
         document.samples.len(),
@@ -69,15 +73,14 @@ fn same(one: &Value, other: &Value) -> bool {
 
 /// Prints or writes the tables of documents.
 pub(super) fn report(files: &[PathBuf], options: &Options) -> Result<Exit> {
-    let mut all = String::new();
-    for file in files {
-        let evidence: Evidence =
-            serde_json::from_slice(&open::read(file)?).map_err(|error| format!("{}: {error}", file.display()))?;
-        show(&evidence);
-        all += &markdown(&evidence);
-        super::write(options.junit.as_deref(), || Ok(super::junit(&evidence)?))?;
-    }
-    super::write(options.markdown.as_deref(), || Ok(all))?;
+    let read = |file: &PathBuf| -> Result<Evidence> {
+        Ok(serde_json::from_slice(&open::read(file)?).map_err(|error| format!("{}: {error}", file.display()))?)
+    };
+    let documents = files.iter().map(read).collect::<Result<Vec<_>>>()?;
+    documents.iter().for_each(show);
+    let all: Vec<String> = documents.iter().map(markdown).collect();
+    super::write(options.markdown.as_deref(), || Ok(all.join("\n")))?;
+    super::write(options.junit.as_deref(), || Ok(super::junit(&documents)?))?;
     Ok(Exit::Pass)
 }
 

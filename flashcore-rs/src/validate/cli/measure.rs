@@ -2,32 +2,39 @@
 
 use std::ffi::OsString;
 use std::io::{stdin, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::super::baseline::{Document, compare_documents};
+use super::super::baseline::{Document, compare_documents, same_machine};
+use super::super::case::Case;
 use super::super::casefile::CaseFile;
-use super::super::correct::check;
 use super::super::matrix::classic;
 use super::super::measure::{ArmSpec, Mode, Protocol, Raw, Source, Suite, run_process, run_suite};
 use super::super::report::Evidence;
 use super::super::stats::{MIN_PROCESSES, Outcome};
 use super::super::summary::CompareRow;
 use super::super::ui::Ui;
-use super::{Exit, Options, Result, Session, list, ordinal};
+use super::{Exit, Options, Result, Session, correct, list, ordinal};
 use crate::tensor::Device;
 
-/// What to measure, and how.
+/// What to measure.
+#[derive(Args)]
+pub(super) struct MeasureArguments {
+    /// Measure this arm in turns: embedded, an architecture, a bundle FILE.fcb, cpu, or reference (eager attention on one
+    /// CPU thread)
+    #[arg(long, value_name = "ARM")]
+    against: Option<String>,
+    #[command(flatten)]
+    arguments: Arguments,
+}
+
+/// How to measure it.
 #[derive(Args, Default)]
 pub(super) struct Arguments {
     /// Cases, and how to measure them, from a TOML file instead of the nine configurations
     #[arg(long, value_name = "FILE")]
     cases: Option<PathBuf>,
-    /// Measure this arm in turns: embedded, an architecture, a bundle FILE.fcb, cpu, or reference (eager attention on one
-    /// CPU thread)
-    #[arg(long, value_name = "ARM")]
-    against: Option<String>,
     /// What to take the time of: call, cold, hot, graph
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     modes: Vec<Mode>,
@@ -40,9 +47,6 @@ pub(super) struct Arguments {
     /// Samples of each arm in a block
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     samples: Option<u32>,
-    /// Measure with this program instead, which knows other arms by names of its own: benches/torch_worker.py
-    #[arg(long, value_name = "COMMAND")]
-    worker: Option<String>,
     /// Slowdown that is still no regression, as a share
     #[arg(long, value_name = "SHARE")]
     margin: Option<f64>,
@@ -51,7 +55,8 @@ pub(super) struct Arguments {
 /// What to compare.
 #[derive(Args)]
 pub(super) struct CompareArguments {
-    /// An arm as in --against, or the JSON file of an earlier run
+    /// An arm (embedded, an architecture, a bundle FILE.fcb, cpu, reference), or the JSON file of an earlier run, which
+    /// says how to measure the candidate, too
     #[arg(long, value_name = "ARM|FILE")]
     baseline: String,
     /// Likewise; without it, what --device, --arch and --bundle name
@@ -60,38 +65,36 @@ pub(super) struct CompareArguments {
     /// End with exit code 0 when nothing can be concluded
     #[arg(long)]
     tolerate_inconclusive: bool,
+    /// Measure with this program instead, which knows other arms by names of its own: benches/torch_worker.py
+    #[arg(long, value_name = "COMMAND", requires = "candidate")]
+    worker: Option<String>,
     #[command(flatten)]
     arguments: Arguments,
 }
 
 impl Arguments {
-    /// The suite, before it is known where it runs: its one arm is what the options name.
+    /// The suite, before it is known where it runs: without arms.
     pub(super) fn suite(&self, options: &Options) -> Result<Suite> {
         let file = self.cases.as_deref().map(CaseFile::read).transpose()?;
         let cases = file.map_or_else(classic, |file| file.cases);
         Ok(Suite { cases: options.select(cases), arms: Vec::new(), ordinal: 0, protocol: Protocol::default() })
     }
 
-    fn arm(&self, text: &str) -> Result<ArmSpec> {
-        match self.worker {
-            Some(_) => Ok(Source::External(text.into()).into()),
-            None => text.parse().map_err(|error| format!("{text}: {error}").into()),
-        }
-    }
-
-    /// What measures: this very program unless another is named.
-    fn program(&self) -> Result<Vec<OsString>> {
-        match &self.worker {
-            None => Ok(vec![std::env::current_exe()?.into_os_string()]),
-            Some(command) => Ok(command.split_whitespace().map(OsString::from).collect()),
-        }
-    }
-
-    fn protocol(&self, device: Device, options: &Options) -> Result<Protocol> {
+    /// How to measure arms: as suits the device, but for what a case file says, but for what the command line says.
+    fn protocol(&self, device: Device, arms: &[ArmSpec], options: &Options) -> Result<Protocol> {
         let mut protocol = Protocol { seed: options.seed, ..Protocol::for_device(device, options.quick) };
-        if let Some(path) = &self.cases {
-            protocol = CaseFile::read(path)?.apply(protocol)?;
+        if arms.iter().any(ArmSpec::is_on_host) {
+            protocol.modes = vec![Mode::Call];
         }
+        if let Some(path) = &self.cases {
+            let apply = CaseFile::read(path)?.apply(protocol);
+            protocol = apply.map_err(|error| format!("{}: {error}", path.display()))?;
+        }
+        self.overlay(protocol, device, arms)
+    }
+
+    /// A protocol with what the command line says.
+    fn overlay(&self, mut protocol: Protocol, device: Device, arms: &[ArmSpec]) -> Result<Protocol> {
         protocol.processes = self.processes.unwrap_or(protocol.processes);
         protocol.blocks = self.blocks.unwrap_or(protocol.blocks);
         protocol.samples = self.samples.unwrap_or(protocol.samples);
@@ -99,17 +102,26 @@ impl Arguments {
         if !self.modes.is_empty() {
             protocol.modes.clone_from(&self.modes);
         }
-        let possible = if device == Device::Cpu { &Mode::ALL[..1] } else { &Mode::ALL[..] };
-        match protocol.modes.iter().find(|mode| !possible.contains(mode)) {
+        protocol.check()?;
+        let on_host = device == Device::Cpu || arms.iter().any(ArmSpec::is_on_host);
+        match protocol.modes.iter().find(|&&mode| on_host && mode != Mode::Call) {
             Some(mode) => Err(format!("{mode} is not measured on the CPU, only call").into()),
-            None if protocol.modes.is_empty() => Err("no modes: give some of call, cold, hot, graph".into()),
             None => Ok(protocol),
         }
     }
 }
 
+fn arm_of(text: &str) -> Result<ArmSpec> {
+    text.parse().map_err(|error| format!("{text}: {error}").into())
+}
+
+/// This very program, which measures.
+fn this_program() -> Result<Vec<OsString>> {
+    Ok(vec![std::env::current_exe()?.into_os_string()])
+}
+
 /// The command `measure`.
-pub(super) fn run(arguments: &Arguments, options: &Options) -> Result<Exit> {
+pub(super) fn run(MeasureArguments { against, arguments }: &MeasureArguments, options: &Options) -> Result<Exit> {
     let mut suite = arguments.suite(options)?;
     if suite.cases.is_empty() {
         return Err(options.no_case());
@@ -118,19 +130,18 @@ pub(super) fn run(arguments: &Arguments, options: &Options) -> Result<Exit> {
         return Ok(list(suite.cases.iter()));
     }
     let mut session = Session::new("measure", options)?;
-    suite.protocol = arguments.protocol(session.runtime.device(), options)?;
-    suite.arms.extend(arguments.against.as_deref().map(|text| arguments.arm(text)).transpose()?);
+    suite.arms.extend(against.as_deref().map(arm_of).transpose()?);
     suite.arms.push(subject(options, &session));
-    timed(suite, arguments, options, &mut session)?;
-    session.finish(options)
+    suite.protocol = arguments.protocol(session.runtime.device(), &suite.arms, options)?;
+    let done = timed(suite, options, &mut session);
+    session.finish(options, done)
 }
 
 /// Measures what the options name, as suits the device.
 pub(super) fn measure(mut suite: Suite, options: &Options, session: &mut Session) -> Result<()> {
-    let arguments = Arguments::default();
-    suite.protocol = arguments.protocol(session.runtime.device(), options)?;
     suite.arms = vec![subject(options, session)];
-    timed(suite, &arguments, options, session)
+    suite.protocol = Arguments::default().protocol(session.runtime.device(), &suite.arms, options)?;
+    timed(suite, options, session)
 }
 
 /// What the options name.
@@ -143,18 +154,10 @@ fn subject(options: &Options, session: &Session) -> ArmSpec {
 }
 
 /// Whether the results are right, then how long they take.
-fn timed(mut suite: Suite, arguments: &Arguments, options: &Options, session: &mut Session) -> Result<()> {
+fn timed(mut suite: Suite, options: &Options, session: &mut Session) -> Result<()> {
     suite.ordinal = ordinal(&session.runtime);
-    session.ui.phase("check", suite.cases.len());
-    for case in &suite.cases {
-        let verdict = check(&session.runtime, case, options.seed);
-        if !verdict.pass {
-            session.ui.line(&format!("WRONG {case}: {}", verdict.reason()));
-            session.ended(Exit::Correctness);
-        }
-        session.ui.done();
-    }
-    let document = sampled(suite, &arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
+    correct::once(&session.runtime.clone(), &suite.cases, options, session)?;
+    let document = sampled(suite, &this_program()?, options, &session.evidence, true, &mut session.ui)?;
     session.evidence = document.evidence.clone();
     for row in document.measured().measured() {
         if row.discarded > document.protocol.max_discarded {
@@ -195,100 +198,141 @@ enum Side {
     File(PathBuf),
 }
 
-impl Side {
-    fn parse(text: &str, arguments: &Arguments) -> Result<Self> {
-        match text.ends_with(".json") {
-            true => Ok(Self::File(text.into())),
-            false => Ok(Self::Arm(arguments.arm(text).map_err(|error| format!("{error}, or a FILE.json"))?)),
+/// The other side, of which a file is read before anything else: it says what to measure.
+enum Baseline {
+    Arm(ArmSpec),
+    Document(Box<Document>),
+}
+
+impl CompareArguments {
+    fn side(&self, text: &str) -> Result<Side> {
+        Ok(match &self.worker {
+            _ if text.ends_with(".json") || text.ends_with(".json.gz") => Side::File(text.into()),
+            Some(_) => Side::Arm(Source::External(text.into()).into()),
+            None => Side::Arm(arm_of(text).map_err(|error| format!("{error}, or a FILE.json"))?),
+        })
+    }
+
+    /// What measures: this very program unless another is named.
+    fn program(&self) -> Result<Vec<OsString>> {
+        match &self.worker {
+            None => this_program(),
+            Some(command) => Ok(command.split_whitespace().map(OsString::from).collect()),
         }
     }
 }
 
 /// The command `compare`.
 pub(super) fn compare(arguments: &CompareArguments, options: &Options) -> Result<Exit> {
-    let baseline = Side::parse(&arguments.baseline, &arguments.arguments)?;
-    let candidate = arguments.candidate.as_deref();
-    let candidate = candidate.map(|text| Side::parse(text, &arguments.arguments)).transpose()?;
-    let mut session = Session::new("compare", options)?;
-    let rows = match (baseline, candidate) {
-        (Side::File(old), Some(Side::File(new))) => {
-            let (old, mut new) = (Document::read(&old)?, Document::read(&new)?);
-            new.protocol.margin = arguments.arguments.margin.unwrap_or(new.protocol.margin);
-            let rows = compare_documents(&old, &new)?;
-            session.evidence.env = new.evidence.env.clone();
-            session.evidence.protocol = Some(new.protocol);
-            rows.iter().try_for_each(|row| session.evidence.push("baseline", row))?;
-            rows
-        }
-        (Side::File(old), candidate) => {
-            let arm = arm(candidate)?;
-            with_file(&Document::read(&old)?, arm, arguments, options, &mut session)?
-        }
-        (Side::Arm(old), candidate) => {
-            let arm = arm(candidate)?.unwrap_or_else(|| subject(options, &session));
-            in_turns([old, arm], arguments, options, &mut session)?
-        }
+    let baseline = arguments.side(&arguments.baseline)?;
+    let candidate = arguments.candidate.as_deref().map(|text| arguments.side(text)).transpose()?;
+    let baseline = match baseline {
+        Side::File(path) => Baseline::Document(Box::new(Document::read(&path)?)),
+        Side::Arm(arm) => Baseline::Arm(arm),
     };
-    session.ended(ended(&rows, arguments.tolerate_inconclusive));
-    session.finish(options)
-}
-
-fn arm(candidate: Option<Side>) -> Result<Option<ArmSpec>> {
-    match candidate {
-        None => Ok(None),
-        Some(Side::Arm(arm)) => Ok(Some(arm)),
-        Some(Side::File(_)) => {
+    let cases = match (&baseline, &arguments.arguments.cases) {
+        (Baseline::Document(_), Some(_)) => {
+            return Err("--cases: a baseline's file says what to measure; drop one of them".into());
+        }
+        (Baseline::Document(old), None) => options.select(old.cases.clone()),
+        (Baseline::Arm(_), _) => arguments.arguments.suite(options)?.cases,
+    };
+    if cases.is_empty() {
+        return Err(options.no_case());
+    }
+    if options.list {
+        return Ok(list(cases.iter()));
+    }
+    let mut session = Session::new("compare", options)?;
+    let done = match (baseline, candidate) {
+        (Baseline::Document(old), Some(Side::File(new))) => files(&old, &new, &cases, arguments, &mut session),
+        (Baseline::Arm(_), Some(Side::File(_))) => {
             Err("a candidate's file needs a baseline's file: the baseline cannot be measured now".into())
         }
-    }
+        (Baseline::Document(old), Some(Side::Arm(arm))) => {
+            with_file(&old, arm, cases, arguments, options, &mut session)
+        }
+        (Baseline::Document(old), None) => {
+            let arm = subject(options, &session);
+            with_file(&old, arm, cases, arguments, options, &mut session)
+        }
+        (Baseline::Arm(old), candidate) => {
+            let arm = match candidate {
+                Some(Side::Arm(arm)) => arm,
+                _ => subject(options, &session),
+            };
+            in_turns(vec![old, arm], cases, arguments, options, &mut session)
+        }
+    };
+    let done = done.and_then(|rows| {
+        session.ended(ended(&rows, arguments.tolerate_inconclusive));
+        if rows.is_empty() { Err("nothing was compared".into()) } else { Ok(()) }
+    });
+    session.finish(options, done)
+}
+
+/// Compares the files of two runs.
+fn files(
+    old: &Document,
+    new: &Path,
+    cases: &[Case],
+    arguments: &CompareArguments,
+    session: &mut Session,
+) -> Result<Vec<CompareRow>> {
+    let mut new = Document::read(new)?;
+    new.protocol.margin = arguments.arguments.margin.unwrap_or(new.protocol.margin);
+    new.protocol.check()?;
+    let names: Vec<String> = cases.iter().map(Case::to_string).collect();
+    let mut rows = compare_documents(old, &new)?;
+    rows.retain(|row| names.contains(&row.name));
+    session.evidence.env = new.evidence.env.clone();
+    session.evidence.protocol = Some(new.protocol);
+    rows.iter().try_for_each(|row| session.evidence.push("baseline", row))?;
+    Ok(rows)
 }
 
 /// Measures the candidate as the baseline's file was, and compares the files.
 fn with_file(
     old: &Document,
-    arm: Option<ArmSpec>,
+    arm: ArmSpec,
+    cases: Vec<Case>,
     arguments: &CompareArguments,
     options: &Options,
     session: &mut Session,
 ) -> Result<Vec<CompareRow>> {
-    let reference = ArmSpec::from(Source::Reference);
-    let mut suite = arguments.arguments.suite(options)?;
-    suite.cases = options.select(old.cases.clone());
-    if suite.cases.is_empty() {
-        return Err(options.no_case());
+    let mut arms = Vec::new();
+    if old.is_relative() {
+        arms.push(ArmSpec::from(Source::Reference));
+    } else {
+        same_machine(&old.evidence.env, &session.evidence.env)?;
     }
-    suite.protocol = Protocol { seed: options.seed, ..old.protocol.clone() };
-    suite.protocol.margin = arguments.arguments.margin.unwrap_or(suite.protocol.margin);
-    suite.protocol.processes = arguments.arguments.processes.unwrap_or(suite.protocol.processes);
-    enough(&mut suite.protocol, &arguments.arguments)?;
-    suite.ordinal = ordinal(&session.runtime);
-    if old.evidence.arms.first() == Some(&reference.to_string()) {
-        suite.arms.push(reference);
+    arms.push(arm);
+    let protocol = Protocol { seed: options.seed, ..old.protocol.clone() };
+    let mut protocol = arguments.arguments.overlay(protocol, session.runtime.device(), &arms)?;
+    if let Some(mode) = protocol.modes.iter().find(|mode| !old.protocol.modes.contains(mode)) {
+        return Err(format!("{mode} was not measured for the baseline {}", old.path.display()).into());
     }
-    suite.arms.push(arm.unwrap_or_else(|| subject(options, session)));
-    let new = sampled(suite, &arguments.arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
+    enough(&mut protocol, &arguments.arguments)?;
+    let suite = Suite { cases, arms, ordinal: ordinal(&session.runtime), protocol };
+    let new = sampled(suite, &arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
+    session.evidence = new.evidence.clone();
     let rows = compare_documents(old, &new)?;
-    session.evidence = new.evidence;
     rows.iter().try_for_each(|row| session.evidence.push("baseline", row))?;
     Ok(rows)
 }
 
 /// Measures both in turns.
 fn in_turns(
-    arms: [ArmSpec; 2],
+    arms: Vec<ArmSpec>,
+    cases: Vec<Case>,
     arguments: &CompareArguments,
     options: &Options,
     session: &mut Session,
 ) -> Result<Vec<CompareRow>> {
-    let mut suite = arguments.arguments.suite(options)?;
-    if suite.cases.is_empty() {
-        return Err(options.no_case());
-    }
-    suite.protocol = arguments.arguments.protocol(session.runtime.device(), options)?;
-    suite.ordinal = ordinal(&session.runtime);
-    suite.arms = arms.to_vec();
-    enough(&mut suite.protocol, &arguments.arguments)?;
-    let document = sampled(suite, &arguments.arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
+    let mut protocol = arguments.arguments.protocol(session.runtime.device(), &arms, options)?;
+    enough(&mut protocol, &arguments.arguments)?;
+    let suite = Suite { cases, arms, ordinal: ordinal(&session.runtime), protocol };
+    let document = sampled(suite, &arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
     let rows = document.measured().compared();
     session.evidence = document.evidence;
     rows.iter().try_for_each(|row| session.evidence.push("compare", row))?;

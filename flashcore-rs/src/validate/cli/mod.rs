@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 
 use super::case::Case;
 use super::environment::Environment;
@@ -46,7 +47,7 @@ enum Command {
     /// Checks results against the fp64 oracle and against each other
     Correct(correct::Arguments),
     /// Measures: by default S 128, 256, 512 x B 8, 16, 32 with 8 heads, head_dim 64, fp16
-    Measure(measure::Arguments),
+    Measure(measure::MeasureArguments),
     /// Is a candidate slower than a baseline? Both are measured in turns, or are files of earlier runs
     Compare(measure::CompareArguments),
     /// Proves that this program can fail: verdicts on samples with a known answer, wrong kernels, slow ones
@@ -56,7 +57,7 @@ enum Command {
         /// What `measure` or `compare` wrote with --json
         file: PathBuf,
     },
-    /// Prints the tables of files, or writes them with --markdown and --junit
+    /// Prints the tables of files, and writes them with --markdown and --junit; says nothing by its exit code
     Report {
         /// What any command wrote with --json
         #[arg(required = true)]
@@ -157,7 +158,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         }
     };
     run(&cli).unwrap_or_else(|error| {
-        drop(writeln!(stderr(), "flashcore-validate: {error}"));
+        complain(&*error);
         Exit::Environment
     })
 }
@@ -193,13 +194,14 @@ fn both(options: &Options) -> Result<Exit> {
         return Ok(list(problems.iter().chain(&suite.cases)));
     }
     let mut session = Session::new("validate", options)?;
+    let mut done = Ok(());
     if !problems.is_empty() {
-        correct::check(&problems, &arguments, options, &mut session)?;
+        done = correct::check(&problems, &arguments, options, &mut session);
     }
     if !suite.cases.is_empty() {
-        measure::measure(suite, options, &mut session)?;
+        done = done.and_then(|()| measure::measure(suite, options, &mut session));
     }
-    session.finish(options)
+    session.finish(options, done)
 }
 
 #[cfg(feature = "audit")]
@@ -212,6 +214,12 @@ fn audit(arguments: &crate::audit::cli::CtArguments, options: &Options) -> Resul
 
 fn dump_all(folder: &Path, options: &Options) -> Result<Exit> {
     let cases = correct::Arguments::default().cases(options);
+    if cases.is_empty() {
+        return Err(options.no_case());
+    }
+    if options.list {
+        return Ok(list(cases.iter()));
+    }
     let session = Session::new("dump", options)?;
     std::fs::create_dir_all(folder)?;
     let mut ui = session.ui;
@@ -235,6 +243,7 @@ struct Session {
 
 impl Session {
     fn new(topic: &str, options: &Options) -> Result<Self> {
+        options.writable()?;
         let (runtime, environment) = options.open()?;
         let ui = Ui::new();
         ui.line(&environment.summary());
@@ -245,14 +254,32 @@ impl Session {
         self.exit = self.exit.and(exit);
     }
 
-    /// Writes and prints what was found.
-    fn finish(self, options: &Options) -> Result<Exit> {
+    /// Writes and prints what was found, until `done` if that is an error: it takes nothing away from what came before.
+    fn finish(mut self, options: &Options, done: Result<()>) -> Result<Exit> {
         self.ui.finish();
+        if let Err(error) = done {
+            if self.evidence.rows.is_empty() {
+                return Err(error);
+            }
+            complain(&*error);
+            self.ended(Exit::Environment);
+            self.evidence.push("error", &Failed { reason: error.to_string() })?;
+        }
         options.write(&self.evidence)?;
         show(&self.evidence);
         print(self.exit.word());
         Ok(self.exit)
     }
+}
+
+/// What ended a run before its time, as a row.
+#[derive(Serialize)]
+struct Failed {
+    reason: String,
+}
+
+fn complain(error: &dyn std::error::Error) {
+    drop(writeln!(stderr(), "flashcore-validate: {error}"));
 }
 
 fn show(evidence: &Evidence) {
@@ -271,10 +298,23 @@ impl Options {
         }
     }
 
+    /// Whether there are folders for the results: what takes hours should not end with an error about that.
+    fn writable(&self) -> Result<()> {
+        for path in [&self.json, &self.junit, &self.markdown].into_iter().flatten() {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            match folder {
+                _ if path.is_dir() => return Err(format!("{}: is a folder; name a file", path.display()).into()),
+                Some(folder) if !folder.is_dir() => return Err(format!("{}: no such folder", folder.display()).into()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn write(&self, evidence: &Evidence) -> Result<()> {
         let json = || Ok::<_, Box<dyn std::error::Error>>(serde_json::to_string_pretty(evidence)? + "\n");
         write(self.json.as_deref(), json)?;
-        write(self.junit.as_deref(), || Ok(junit(evidence)?))?;
+        write(self.junit.as_deref(), || Ok(junit(std::slice::from_ref(evidence))?))?;
         write(self.markdown.as_deref(), || Ok(markdown(evidence)))
     }
 

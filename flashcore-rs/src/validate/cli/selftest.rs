@@ -84,13 +84,17 @@ struct Listed {
 
 pub(super) fn run(arguments: &Arguments, options: &Options) -> Result<Exit> {
     let mut session = Session::new("selftest", options)?;
-    calibration(options, &mut session)?;
-    cpu_mutants(options, &mut session)?;
+    let done = all(arguments, options, &mut session);
+    session.finish(options, done)
+}
+
+fn all(arguments: &Arguments, options: &Options, session: &mut Session) -> Result<()> {
+    calibration(options, session)?;
+    cpu_mutants(options, session)?;
     if let Some(folder) = &arguments.mutants {
-        bundle_mutants(folder, options, &mut session)?;
+        bundle_mutants(folder, options, session)?;
     }
-    planted(arguments, options, &mut session)?;
-    session.finish(options)
+    planted(arguments, options, session)
 }
 
 fn exit(pass: bool) -> Exit {
@@ -218,6 +222,9 @@ fn planted(arguments: &Arguments, options: &Options, session: &mut Session) -> R
     let slower = std::iter::once(delayed).chain(slow).map(|arm| (arm, Outcome::Regression));
     for (candidate, expected) in equals.chain(slower) {
         let rows = compared(&own, &candidate, margin, options, session)?;
+        if rows.is_empty() {
+            return Err(format!("{candidate}: nothing was compared").into());
+        }
         for of_mode in rows.chunk_by(|one, next| one.mode == next.mode) {
             let row = planted_row(&own, &candidate, expected, of_mode);
             session.ended(exit(row.pass));

@@ -91,19 +91,49 @@ pub fn run_suite(
             .spawn()
             .map_err(|error| format!("{}: {error}", program.display()))?;
         if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(&serde_json::to_vec(suite)?)?;
+            // Whether it read its suite shows in what it writes.
+            drop(stdin.write_all(&serde_json::to_vec(suite)?));
         }
-        if let Some(stdout) = child.stdout.take() {
-            let (sampled, reported) = read_lines(BufReader::new(stdout), progress)?;
-            samples.extend(sampled);
-            reports.extend(reported);
+        let lines = match child.stdout.take() {
+            Some(stdout) => read_lines(BufReader::new(stdout), progress),
+            None => Err("no standard output".into()),
+        };
+        if lines.is_err() {
+            // It may have ended by itself.
+            drop(child.kill());
         }
         let status = child.wait()?;
+        let named = |error: &dyn std::fmt::Display| format!("process {process} that measures: {error}");
+        let (sampled, reported) = lines.map_err(|error| named(&error))?;
         if !status.success() {
-            return Err(format!("process {process} that measures ended with {status}").into());
+            return Err(named(&format_args!("ended with {status}")).into());
         }
+        complete(suite, process, &sampled, &reported).map_err(|error| named(&error))?;
+        samples.extend(sampled);
+        reports.extend(reported);
     }
     Ok((samples, reports))
+}
+
+/// Whether a process wrote what its suite asks for.
+fn complete(suite: &Suite, process: u32, samples: &[Sample], reports: &[ProcessReport]) -> Result<(), String> {
+    let fits = |sample: &Sample| sample.fits(suite.cases.len(), suite.arms.len(), &suite.protocol.modes);
+    if let Some(sample) = samples.iter().find(|sample| sample.process != process || !fits(sample)) {
+        return Err(format!("{sample:?} is none of this suite and process, or no time"));
+    }
+    let mut counts = std::collections::HashMap::new();
+    for sample in samples {
+        *counts.entry((sample.case, sample.mode, sample.arm)).or_insert(0) += 1;
+    }
+    let each = suite.protocol.blocks as usize * suite.protocol.samples as usize;
+    if samples.len() != suite.samples_per_process() || counts.values().any(|&count| count != each) {
+        let expected = suite.samples_per_process();
+        return Err(format!("{} samples, not {expected}: {each} of every case, mode and arm", samples.len()));
+    }
+    match reports {
+        [report] if report.process == process => Ok(()),
+        _ => Err(format!("{} reports, not one of process {process}", reports.len())),
+    }
 }
 
 /// What a process wrote.
@@ -113,7 +143,8 @@ pub(in crate::validate) fn read_lines(
 ) -> Result<(Vec<Sample>, Vec<ProcessReport>)> {
     let (mut samples, mut reports) = (Vec::new(), Vec::new());
     for line in lines.lines() {
-        match serde_json::from_str(&line?)? {
+        let line = line?;
+        match serde_json::from_str(&line).map_err(|error| format!("wrote {line:?}: {error}"))? {
             Line::Sample(sample) => {
                 samples.push(sample);
                 progress();
@@ -342,6 +373,33 @@ mod tests {
         let (samples, _) = lines(&suite);
         let fastest = |arm| samples.iter().filter(|s| s.arm == arm).map(|s| s.ns).fold(f64::INFINITY, f64::min);
         assert!(fastest(1) >= 3e5 && fastest(0) < 3e5, "{} and {}", fastest(0), fastest(1));
+    }
+
+    #[test]
+    fn what_a_process_leaves_out_or_invents_is_found() {
+        let suite = suite(&[Source::Cpu]);
+        let (samples, report) = lines(&suite);
+        let reports = [report];
+        let with = |change: &dyn Fn(&mut Vec<Sample>)| {
+            let mut changed = samples.clone();
+            change(&mut changed);
+            complete(&suite, 7, &changed, &reports)
+        };
+        assert_eq!(with(&|_| ()), Ok(()));
+        assert!(complete(&suite, 7, &samples, &[]).is_err());
+        assert!(complete(&suite, 6, &samples, &reports).is_err());
+        let wrong: [&dyn Fn(&mut Vec<Sample>); 7] = [
+            &|samples| samples.clear(),
+            &|samples| samples[0].arm = 1,
+            &|samples| samples[0].case = 2,
+            &|samples| samples[0].mode = Mode::Hot,
+            &|samples| samples[0].ns = 0.0,
+            &|samples| samples[0].process = 1,
+            &|samples| samples[0].case = 1 - samples[0].case,
+        ];
+        for (i, change) in wrong.iter().enumerate() {
+            assert!(with(change).is_err(), "change {i}");
+        }
     }
 
     #[test]

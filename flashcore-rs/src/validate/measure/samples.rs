@@ -34,6 +34,17 @@ pub struct Sample {
     pub sm_mhz: Option<f64>,
 }
 
+impl Sample {
+    /// Whether it is a time, and of one of so many cases and arms and of these modes.
+    pub(in crate::validate) fn fits(&self, cases: usize, arms: usize, modes: &[Mode]) -> bool {
+        (self.case as usize) < cases
+            && (self.arm as usize) < arms
+            && modes.contains(&self.mode)
+            && self.ns.is_finite()
+            && self.ns > 0.0
+    }
+}
+
 /// Columns of the file.
 const COLUMNS: [&str; 8] = ["case", "mode", "process", "block", "position", "arm", "ns", "sm_mhz"];
 

@@ -86,6 +86,13 @@ impl From<Source> for ArmSpec {
     }
 }
 
+impl ArmSpec {
+    /// Whether it runs on the host, where events say nothing about its time.
+    pub(in crate::validate) fn is_on_host(&self) -> bool {
+        matches!(self.source, Source::Cpu | Source::Reference)
+    }
+}
+
 impl FromStr for ArmSpec {
     type Err = String;
 
@@ -190,6 +197,37 @@ impl Protocol {
     }
 }
 
+impl Protocol {
+    /// Whether it can be measured and judged by.
+    ///
+    /// # Errors
+    /// The first field that cannot be, with what it is and what it may be.
+    pub fn check(&self) -> Result<(), String> {
+        let count = |n: usize| (n as f64, n > 0, "at least 1");
+        let share = |x: f64| (x, x > 0.0 && x < 1.0, "more than 0 and less than 1");
+        let distinct = self.modes.iter().enumerate().all(|(i, mode)| !self.modes[..i].contains(mode));
+        let fields = [
+            ("processes", count(self.processes as usize)),
+            ("blocks", count(self.blocks as usize)),
+            ("samples", count(self.samples as usize)),
+            ("sets", count(self.sets)),
+            ("flush", count(self.flush as usize)),
+            ("margin", (self.margin, self.margin >= 0.0 && self.margin.is_finite(), "0 or a positive share")),
+            ("alpha", share(self.alpha)),
+            ("power", share(self.power)),
+            ("confidence", (self.confidence, self.confidence == 0.95, "0.95 alone")),
+            ("max_discarded", (self.max_discarded, (0.0..=1.0).contains(&self.max_discarded), "a share from 0 to 1")),
+        ];
+        if self.modes.is_empty() || !distinct {
+            return Err(format!("modes: given {:?}; accepted some of call, cold, hot, graph, each once", self.modes));
+        }
+        match fields.into_iter().find(|(_, (_, fits, _))| !fits) {
+            Some((name, (given, _, accepted))) => Err(format!("{name}: given {given}; accepted {accepted}")),
+            None => Ok(()),
+        }
+    }
+}
+
 /// What a process measures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Suite {
@@ -208,5 +246,28 @@ impl Suite {
     pub fn samples_per_process(&self) -> usize {
         let Protocol { modes, blocks, samples, .. } = &self.protocol;
         self.cases.len() * modes.len() * self.arms.len() * *blocks as usize * *samples as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protocols_that_decide_nothing_are_refused() {
+        let of = |change: fn(&mut Protocol)| {
+            let mut protocol = Protocol::default();
+            change(&mut protocol);
+            protocol.check().err().unwrap_or_default()
+        };
+        assert_eq!(of(|_| ()), "");
+        assert_eq!(of(|p| p.margin = 0.0), "");
+        assert_eq!(of(|p| p.samples = 0), "samples: given 0; accepted at least 1");
+        assert_eq!(of(|p| p.margin = f64::NAN), "margin: given NaN; accepted 0 or a positive share");
+        assert!(of(|p| p.margin = -1.0).starts_with("margin: given -1;"));
+        assert!(of(|p| p.alpha = 2.0).starts_with("alpha: given 2;"));
+        assert!(of(|p| p.confidence = 0.99).starts_with("confidence: given 0.99;"));
+        assert!(of(|p| p.modes = vec![Mode::Call; 2]).starts_with("modes: given [Call, Call];"));
+        assert!(of(|p| p.modes.clear()).starts_with("modes: given [];"));
     }
 }
