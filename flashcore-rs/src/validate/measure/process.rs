@@ -388,7 +388,8 @@ mod tests {
         assert_eq!(with(&|_| ()), Ok(()));
         assert!(complete(&suite, 7, &samples, &[]).is_err());
         assert!(complete(&suite, 6, &samples, &reports).is_err());
-        let wrong: [&dyn Fn(&mut Vec<Sample>); 7] = [
+        type Change<'a> = &'a dyn Fn(&mut Vec<Sample>);
+        let wrong: [Change<'_>; 7] = [
             &|samples| samples.clear(),
             &|samples| samples[0].arm = 1,
             &|samples| samples[0].case = 2,
