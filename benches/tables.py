@@ -443,11 +443,20 @@ def forward(name: str, unit: str) -> Table:
             "of cuDNN (95 % low)",
         ]
         body = [_forward_row(rows, shown, unit) for rows in cases.values()]
-        commits = {row["commit"] for row in document["rows"] if row["set"] == name and "commit" in row}
-        kept = "".join(f" Measured earlier, at commit `{commit[:12]}`." for commit in sorted(commits))
-        return markdown(header, body) + _forward_summary(cases) + kept
+        return markdown(header, body) + _forward_summary(cases) + _kept(document, name, names)
 
     return table
+
+
+def _kept(document: dict[str, Any], name: str, names: dict[str, str]) -> str:
+    """Which rows of a set are of an earlier commit."""
+    of_set = [row for row in document["rows"] if row["set"] == name]
+    kept = [row for row in of_set if "commit" in row]
+    if not kept:
+        return ""
+    impls = {row["impl"] for row in kept}
+    who = "Measured" if len(kept) == len(of_set) else f"{' and '.join(names[i] for i in names if i in impls)}: measured"
+    return f" {who} earlier, at commit `{kept[0]['commit'][:12]}`."
 
 
 def _by_case(found: Rows) -> dict[str, dict[str, dict[str, Any]]]:
