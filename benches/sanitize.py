@@ -54,7 +54,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("validator", type=Path)
     parser.add_argument("--planted", type=Path, help="bundles with planted faults")
-    parser.add_argument("--cases", nargs="*", default=["correct", "--repeats", "1", "--matrix-only"], help="arguments of the clean runs")
+    parser.add_argument(
+        "--cases", nargs="*", default=["correct", "--repeats", "1", "--matrix-only"], help="arguments of the clean runs"
+    )
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
