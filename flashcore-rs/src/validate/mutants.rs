@@ -121,7 +121,18 @@ pub struct Kill {
 /// Runs cases until one shows that a subject is wrong: against the oracle, bit by bit on a second run, and, for cases of
 /// the family `property`, by the properties. The smallest cases of every family come first. A refusal is no kill.
 pub fn hunt(subject: &dyn Subject, cases: &[Case], seed: u64) -> Option<Kill> {
+    hunt_telling(subject, cases, seed, &mut |_| ())
+}
+
+/// The same, and `next` is told each case before it runs.
+pub(super) fn hunt_telling(
+    subject: &dyn Subject,
+    cases: &[Case],
+    seed: u64,
+    next: &mut dyn FnMut(&Case),
+) -> Option<Kill> {
     in_order(cases).into_iter().find_map(|case| {
+        next(case);
         let verdict = check_repeatedly(subject, case, seed, 2);
         let wrong = !verdict.pass && (verdict.refused.is_none() || verdict.device_failed);
         let oracle = wrong.then(|| verdict.reason());

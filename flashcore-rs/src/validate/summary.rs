@@ -111,7 +111,7 @@ pub fn flops(case: &Case) -> f64 {
     let [rows, keys] = [case.seq_len_q, case.seq_len_k].map(|len| len as i64);
     let diagonal = if case.options.causal_align == CausalAlign::BottomRight { keys - rows } else { 0 };
     let window = case.options.window.unwrap_or_default();
-    let right = if case.options.causal { Some(window.right.map_or(0, |_| 0)) } else { window.right };
+    let right = if case.options.causal { Some(0) } else { window.right };
     let seen = |row: i64| {
         let first = window.left.map_or(0, |left| (row + diagonal - i64::from(left)).clamp(0, keys));
         let end = right.map_or(keys, |right| (row + diagonal + i64::from(right) + 1).clamp(0, keys));

@@ -370,3 +370,29 @@ pub(super) fn process(number: u32) -> Result<Exit> {
     run_process(&suite, number, &mut std::io::BufWriter::new(stdout().lock()))?;
     Ok(Exit::Pass)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::Cli;
+    use super::*;
+
+    #[test]
+    fn arms_on_the_host_have_whole_calls_alone() {
+        let cli = Cli::try_parse_from(["flashcore-validate"]).expect("a command line");
+        let modes = |sources: &[Source], modes: &[Mode]| {
+            let arms: Vec<ArmSpec> = sources.iter().cloned().map(ArmSpec::from).collect();
+            let arguments = Arguments { modes: modes.to_vec(), ..Arguments::default() };
+            let protocol = arguments.protocol(Device::Cuda(0), &arms, &cli.options);
+            protocol.map(|protocol| protocol.modes).map_err(|error| error.to_string())
+        };
+        assert_eq!(modes(&[Source::Embedded], &[]).expect("modes"), Mode::ALL);
+        for source in [Source::Cpu, Source::Reference] {
+            let arms = [source, Source::Embedded];
+            assert_eq!(modes(&arms, &[]).expect("modes"), [Mode::Call]);
+            let refused = modes(&arms, &[Mode::Call, Mode::Hot]).expect_err("events say nothing");
+            assert!(refused.starts_with("hot is not measured"), "{refused}");
+        }
+    }
+}

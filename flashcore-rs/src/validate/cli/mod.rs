@@ -148,7 +148,7 @@ impl FromStr for DeviceChoice {
     }
 }
 
-/// Runs the command line and says how it ended.
+/// Runs the command line and says how it ended. A panic has said so itself: the harness does not work.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
@@ -157,7 +157,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Exit {
             return if error.use_stderr() { Exit::Environment } else { Exit::Pass };
         }
     };
-    run(&cli).unwrap_or_else(|error| {
+    let ran = std::panic::catch_unwind(|| run(&cli)).unwrap_or(Ok(Exit::Selftest));
+    ran.unwrap_or_else(|error| {
         complain(&*error);
         Exit::Environment
     })

@@ -1,8 +1,10 @@
 //! `selftest`: can this program fail, and does it do so as often as it says?
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use clap::Args;
 use rayon::prelude::*;
@@ -11,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::super::case::Case;
 use super::super::matrix::{Extent, classic, matrix};
 use super::super::measure::{ArmSpec, Mode, Protocol, Source, Suite};
-use super::super::mutants::{Kill, Mutant, hunt, mutants};
+use super::super::mutants::{Kill, Mutant, hunt, hunt_telling, mutants};
 use super::super::open;
 use super::super::properties::property_cases;
 use super::super::stats::{Outcome, Plan, calibrate};
@@ -20,8 +22,8 @@ use super::measure::sampled;
 use super::{Exit, Options, Result, Session, ordinal, print};
 use crate::tensor::Device;
 
-/// A wrong kernel may never end.
-const HUNT_LIMIT: Duration = Duration::from_secs(120);
+/// A wrong kernel may never end: how long one case may take, or a process that hunts to start.
+const CASE_LIMIT: Duration = Duration::from_secs(120);
 
 /// What to test with.
 #[derive(Args)]
@@ -114,15 +116,14 @@ fn calibration(options: &Options, session: &mut Session) -> Result<()> {
 }
 
 /// The problems that wrong kernels are run on.
-fn prey(extent: Extent, filter: &str) -> Vec<Case> {
-    let all = matrix(extent).into_iter().chain(property_cases(Extent::Quick));
-    all.filter(|case| filter.split_whitespace().all(|word| case.to_string().contains(word))).collect()
+fn prey(extent: Extent) -> Vec<Case> {
+    matrix(extent).into_iter().chain(property_cases(Extent::Quick)).collect()
 }
 
 /// The wrong kernels of the CPU.
 fn cpu_mutants(options: &Options, session: &mut Session) -> Result<()> {
     let all: Vec<_> = mutants().collect();
-    let cases = prey(Extent::Default, "");
+    let cases = prey(Extent::Default);
     session.ui.phase("mutants", all.len());
     for (fault, description) in all {
         session.ui.doing(description);
@@ -163,6 +164,16 @@ fn bundle_mutants(folder: &Path, options: &Options, session: &mut Session) -> Re
     Ok(())
 }
 
+/// What a process that hunts writes, one a line.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Step {
+    /// The case that runs now.
+    Case(String),
+    /// What came of all of them.
+    End(Option<Kill>),
+}
+
 /// What gives a wrong kernel away, found in another process.
 fn hunted(folder: &Path, mutant: &Listed, ordinal: u32, options: &Options) -> Result<Option<Kill>> {
     let mut command = Command::new(std::env::current_exe()?);
@@ -170,38 +181,51 @@ fn hunted(folder: &Path, mutant: &Listed, ordinal: u32, options: &Options) -> Re
         .args(["hunt", "--filter", &mutant.filter, "--seed", &options.seed.to_string()])
         .args(["--device", &format!("cuda:{ordinal}"), "--bundle"])
         .arg(folder.join(&mutant.file));
-    match output_within(&mut command, HUNT_LIMIT)? {
-        Some(output) if output.status.success() => Ok(serde_json::from_slice(&output.stdout)?),
-        Some(output) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            Err(format!("{}: {}", output.status, said.lines().last().unwrap_or_default()).into())
+    followed(&mut command, CASE_LIMIT)
+}
+
+/// Follows a process that hunts. One that stays at a case for longer than `limit` is ended, and that is a kill: the limit
+/// is of one case, so that no sound kernel meets it by being run on many.
+fn followed(command: &mut Command, limit: Duration) -> Result<Option<Kill>> {
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let (sender, steps) = mpsc::channel();
+    if let Some(stdout) = child.stdout.take() {
+        // Ends with the process, whose output it reads.
+        std::thread::spawn(move || BufReader::new(stdout).lines().try_for_each(|line| sender.send(line)));
+    }
+    let mut at = None;
+    loop {
+        match steps.recv_timeout(limit) {
+            Ok(line) => match serde_json::from_str(&line?)? {
+                Step::Case(case) => at = Some(case),
+                Step::End(kill) => {
+                    let status = child.wait()?;
+                    return if status.success() { Ok(kill) } else { Err(status.to_string().into()) };
+                }
+            },
+            Err(RecvTimeoutError::Disconnected) => return Err(child.wait()?.to_string().into()),
+            Err(RecvTimeoutError::Timeout) => {
+                child.kill()?;
+                child.wait()?;
+                let case = at.ok_or_else(|| format!("did not start within {limit:?}"))?;
+                return Ok(Some(Kill { case, reason: format!("did not end within {limit:?}") }));
+            }
         }
-        None => Ok(Some(Kill { case: "unknown".into(), reason: format!("did not end within {HUNT_LIMIT:?}") })),
     }
 }
 
-/// What a program writes; `None` when it had to be ended.
-fn output_within(command: &mut Command, limit: Duration) -> Result<Option<Output>> {
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let start = Instant::now();
-    while child.try_wait()?.is_none() {
-        if start.elapsed() > limit {
-            child.kill()?;
-            child.wait()?;
-            return Ok(None);
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(Some(child.wait_with_output()?))
-}
-
-/// The command `hunt`: one bundle, and the case that gives it away as JSON.
+/// The command `hunt`: one bundle, its cases as they run, and the one that gives it away.
 pub(super) fn hunt_bundle(options: &Options) -> Result<Exit> {
     let (runtime, _) = options.open()?;
     // The largest problems are for those who ask for them by name.
     let extent = if options.filter.is_empty() { Extent::Default } else { Extent::Full };
-    let kill = hunt(&runtime, &prey(extent, &options.filter), options.seed);
-    print(&serde_json::to_string(&kill)?);
+    let say = |step: &Step| -> Result<()> {
+        print(&serde_json::to_string(step)?);
+        Ok(())
+    };
+    let mut next = |case: &Case| drop(say(&Step::Case(case.to_string())));
+    let kill = hunt_telling(&runtime, &options.select(prey(extent)), options.seed, &mut next);
+    say(&Step::End(kill))?;
     Ok(Exit::Pass)
 }
 
@@ -286,4 +310,34 @@ fn compared(
     let document =
         sampled(suite, &[std::env::current_exe()?.into()], options, &session.evidence, false, &mut session.ui)?;
     Ok(document.measured().compared())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn follow(script: &str, limit: Duration) -> Result<Option<Kill>> {
+        followed(Command::new("sh").args(["-c", script]), limit)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn hunts_are_followed_to_their_end() {
+        let alive = follow(r#"echo '{"case":"one"}'; echo '{"case":"two"}'; echo '{"end":null}'"#, LONG);
+        assert!(alive.is_ok_and(|kill| kill.is_none()));
+        let killed = follow(r#"echo '{"end":{"case":"one","reason":"wrong"}}'"#, LONG);
+        assert!(killed.is_ok_and(|kill| kill.is_some_and(|kill| kill.case == "one")));
+    }
+
+    #[test]
+    fn only_a_case_that_does_not_end_is_a_kill() {
+        let short = Duration::from_millis(300);
+        let hangs = follow(r#"echo '{"case":"one"}'; exec sleep 30"#, short).expect("a kill").expect("a kill");
+        assert_eq!(hangs.case, "one");
+        assert!(follow("exec sleep 30", short).is_err(), "never started");
+        assert!(follow(r#"echo '{"case":"one"}'; exit 5"#, LONG).is_err(), "ended without an answer");
+        assert!(follow(r#"echo '{"end":null}'; exit 5"#, LONG).is_err(), "failed afterwards");
+        assert!(follow("echo nonsense", LONG).is_err());
+    }
 }

@@ -388,18 +388,17 @@ mod tests {
         assert_eq!(with(&|_| ()), Ok(()));
         assert!(complete(&suite, 7, &samples, &[]).is_err());
         assert!(complete(&suite, 6, &samples, &reports).is_err());
-        type Change<'a> = &'a dyn Fn(&mut Vec<Sample>);
-        let wrong: [Change<'_>; 7] = [
-            &|samples| samples.clear(),
-            &|samples| samples[0].arm = 1,
-            &|samples| samples[0].case = 2,
-            &|samples| samples[0].mode = Mode::Hot,
-            &|samples| samples[0].ns = 0.0,
-            &|samples| samples[0].process = 1,
-            &|samples| samples[0].case = 1 - samples[0].case,
+        let wrong: [fn(&mut Vec<Sample>); 7] = [
+            |samples| samples.clear(),
+            |samples| samples[0].arm = 1,
+            |samples| samples[0].case = 2,
+            |samples| samples[0].mode = Mode::Hot,
+            |samples| samples[0].ns = 0.0,
+            |samples| samples[0].process = 1,
+            |samples| samples[0].case = 1 - samples[0].case,
         ];
-        for (i, change) in wrong.iter().enumerate() {
-            assert!(with(change).is_err(), "change {i}");
+        for (i, change) in wrong.into_iter().enumerate() {
+            assert!(with(&change).is_err(), "change {i}");
         }
     }
 
