@@ -20,6 +20,12 @@ RUNS = {
 }
 
 
+def commit() -> str:
+    """What the documents say that they are of."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
 def main() -> int:
     subprocess.run(BUILD.split(), cwd=ROOT, check=True)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -29,7 +35,14 @@ def main() -> int:
             f"--{kind}={OUT / name}.{suffix}"
             for kind, suffix in (("json", "json"), ("junit", "xml"), ("markdown", "md"))
         ]
-        command = ["target/release/flashcore-validate", *arguments.split(), "--device", "cpu", *files]
+        command = [
+            "target/release/flashcore-validate",
+            *arguments.split(),
+            "--device",
+            "cpu",
+            f"--commit={commit()}",
+            *files,
+        ]
         codes[name] = subprocess.run(command, cwd=ROOT, check=False).returncode
     replay = ["target/release/flashcore-validate", "replay", str(OUT / "compare.json")]
     codes["replay"] = subprocess.run(replay, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode

@@ -230,21 +230,6 @@ fn a_worker_that_does_not_measure_is_an_error() {
     }
 }
 
-/// A case that no kernel answers, so that measuring fails after checking has.
-#[test]
-fn what_was_found_before_an_error_is_kept_and_the_gravest_code_wins() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (cases, run) = (small(&folder), path(&folder, "run.json"));
-    std::fs::write(&cases, SMALL.replace("num_heads_q = 2", "num_heads_q = 2\nnum_heads_kv = 3")).expect("a file");
-    let junit = path(&folder, "run.xml");
-    let measure = ["measure", "--device", "cpu", "--cases", &cases, "--json", &run, "--junit", &junit];
-    assert_eq!(code(&measure), Some(1));
-    let document = json(&folder, "run.json");
-    assert_eq!((kinds(&document, "correct"), kinds(&document, "error"), kinds(&document, "measure")), (1, 1, 0));
-    let xml = std::fs::read_to_string(&junit).expect("a file");
-    assert!(xml.contains("failures=\"2\"") && xml.contains("accepted a number of heads"), "{xml}");
-}
-
 #[test]
 fn compares_what_a_baseline_file_has() {
     let folder = tempfile::tempdir().expect("a folder");

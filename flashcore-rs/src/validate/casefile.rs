@@ -27,6 +27,8 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::case::Case;
+use super::correct::problem_of;
+use super::inputs::Inputs;
 use super::measure::Protocol;
 use super::open::read;
 use crate::attention::{CausalAlign, Window};
@@ -106,7 +108,11 @@ impl CaseFile {
         if case.is_empty() {
             return Err("no [[case]]".into());
         }
-        Ok(Self { cases: case.into_iter().map(Case::from).collect(), protocol })
+        let cases: Vec<Case> = case.into_iter().map(Case::from).collect();
+        for (i, case) in cases.iter().enumerate() {
+            well_formed(case).map_err(|error| format!("case {}: {error}", i + 1))?;
+        }
+        Ok(Self { cases, protocol })
     }
 
     /// A protocol with what the file says in place of what it has.
@@ -121,6 +127,15 @@ impl CaseFile {
         }
         Ok(serde_json::from_value(fields)?)
     }
+}
+
+/// Refuses what no kernel could be asked, and what leaves nothing to compute.
+fn well_formed(case: &Case) -> Result<()> {
+    if case.shapes().iter().any(|shape| shape.contains(&0)) {
+        return Err("a size of 0; accepted sizes of at least 1".into());
+    }
+    problem_of(&Inputs::undrawn(case)?, &Inputs::outputs(case)?.0, case.lse)?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -149,6 +164,8 @@ mod tests {
             (String::new(), "case"),
             (format!("{case}causual = true"), "causual"),
             (format!("{case}dtype = \"f8\""), "f8"),
+            (format!("{case}num_heads_kv = 3"), "case 1"),
+            (format!("{case}{case}head_dim_v = 0"), "case 2: a size of 0"),
             ("[[case]]\nhead_dim = 8".into(), "num_heads_q"),
             (format!("[protocol]\nblokcs = 3\n{case}"), "blokcs"),
         ] {

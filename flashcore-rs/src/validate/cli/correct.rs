@@ -200,18 +200,42 @@ mod tests {
         }
     }
 
-    fn exit_of(subject: &dyn Subject) -> (Exit, Evidence) {
-        let cli = Cli::try_parse_from(["flashcore-validate"]).expect("a command line");
+    fn session_of(subject: &dyn Subject, options: &Options) -> Session {
         let runtime = Runtime::cpu();
         let environment = Environment::of(&runtime, None, None, 0);
         let evidence = Evidence::new("test", "unknown", environment);
         let mut session = Session { runtime, ui: Ui::new(), evidence, exit: Exit::Pass };
         let cases = [Case::new("test", [1, 1], [4, 4], 8), Case::new("test", [1, 1], [5, 5], 8)];
         let arguments = Arguments { repeats: 2, ..Arguments::default() };
-        once(subject, &cases, &cli.options, &mut session).expect("a run");
+        once(subject, &cases, options, &mut session).expect("a run");
         let all: Vec<&Case> = cases.iter().collect();
-        repeatedly(subject, &all, &arguments, &cli.options, &mut session).expect("a run");
+        repeatedly(subject, &all, &arguments, options, &mut session).expect("a run");
+        session
+    }
+
+    fn options(arguments: &[&str]) -> Options {
+        Cli::try_parse_from([&["flashcore-validate"], arguments].concat()).expect("a command line").options
+    }
+
+    fn exit_of(subject: &dyn Subject) -> (Exit, Evidence) {
+        let session = session_of(subject, &options(&[]));
         (session.exit, session.evidence)
+    }
+
+    #[test]
+    fn what_was_found_before_an_error_is_kept_and_the_gravest_code_wins() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let [json, junit] = ["run.json", "run.xml"].map(|file| folder.path().join(file));
+        let files = ["--json", json.to_str().expect("a path"), "--junit", junit.to_str().expect("a path")];
+        let options = options(&files);
+        let exit = session_of(&Wrong, &options).finish(&options, Err("the card fell out".into())).expect("an end");
+        assert_eq!(exit, Exit::Correctness);
+        let read = |path| std::fs::read_to_string(path).expect("a file");
+        let evidence: Evidence = serde_json::from_str(&read(json)).expect("a document");
+        assert_eq!((evidence.of_kind("correct").count(), evidence.of_kind("error").count()), (2, 1));
+        assert!(read(junit).contains("the card fell out"));
+        let exit = session_of(&Runtime::cpu(), &options).finish(&options, Err("the card fell out".into()));
+        assert_eq!(exit.expect("an end"), Exit::Environment);
     }
 
     #[test]

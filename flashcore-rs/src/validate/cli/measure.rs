@@ -15,7 +15,8 @@ use super::super::report::Evidence;
 use super::super::stats::{MIN_PROCESSES, Outcome};
 use super::super::summary::CompareRow;
 use super::super::ui::Ui;
-use super::{Exit, Options, Result, Session, correct, list, ordinal};
+use super::{Exit, Options, Result, Session, correct, list, open, ordinal};
+use crate::runtime::Runtime;
 use crate::tensor::Device;
 
 /// What to measure.
@@ -283,6 +284,13 @@ fn files(
     new.protocol.margin = arguments.arguments.margin.unwrap_or(new.protocol.margin);
     new.protocol.check()?;
     let names: Vec<String> = cases.iter().map(Case::to_string).collect();
+    let has = |name: &String| new.cases.iter().any(|case| case.to_string() == *name);
+    if let Some(name) = names.iter().find(|name| !has(name)) {
+        return Err(format!("{name} is in the baseline's file and not in {}", new.path.display()).into());
+    }
+    if let Some(mode) = old.protocol.modes.iter().find(|mode| !new.protocol.modes.contains(mode)) {
+        return Err(format!("{mode} was measured for the baseline and not for {}", new.path.display()).into());
+    }
     let mut rows = compare_documents(old, &new)?;
     rows.retain(|row| names.contains(&row.name));
     session.evidence.env = new.evidence.env.clone();
@@ -313,6 +321,7 @@ fn with_file(
         return Err(format!("{mode} was not measured for the baseline {}", old.path.display()).into());
     }
     enough(&mut protocol, &arguments.arguments)?;
+    candidate_is_right(&arms, &cases, options, session)?;
     let suite = Suite { cases, arms, ordinal: ordinal(&session.runtime), protocol };
     let new = sampled(suite, &arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
     session.evidence = new.evidence.clone();
@@ -331,12 +340,23 @@ fn in_turns(
 ) -> Result<Vec<CompareRow>> {
     let mut protocol = arguments.arguments.protocol(session.runtime.device(), &arms, options)?;
     enough(&mut protocol, &arguments.arguments)?;
+    candidate_is_right(&arms, &cases, options, session)?;
     let suite = Suite { cases, arms, ordinal: ordinal(&session.runtime), protocol };
     let document = sampled(suite, &arguments.program()?, options, &session.evidence, true, &mut session.ui)?;
     let rows = document.measured().compared();
     session.evidence = document.evidence;
     rows.iter().try_for_each(|row| session.evidence.push("compare", row))?;
     Ok(rows)
+}
+
+/// Checks the results of the candidate, unless they are another program's: what is wrong may be as fast as it likes.
+fn candidate_is_right(arms: &[ArmSpec], cases: &[Case], options: &Options, session: &mut Session) -> Result<()> {
+    let runtime = match arms.last().map(|arm| &arm.source) {
+        None | Some(Source::External(_) | Source::Reference) => return Ok(()),
+        Some(Source::Cpu) => Runtime::cpu(),
+        Some(source) => open::on_device(source, ordinal(&session.runtime))?,
+    };
+    correct::once(&runtime, cases, options, session)
 }
 
 /// As many processes as a verdict needs, unless another number was asked for.
