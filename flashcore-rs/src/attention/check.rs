@@ -325,7 +325,7 @@ fn same_device(argument: &'static str, given: Device, wanted: Device) -> Result<
 }
 
 /// The band of causal and window, clamped so that `row + offset` stays within 32 bits without changing who sees whom.
-fn band(options: &AttentionOptions, seq_q: usize, seq_k: usize) -> Option<Band> {
+pub(crate) fn band(options: &AttentionOptions, seq_q: usize, seq_k: usize) -> Option<Band> {
     let Window { left, right } = options.window.unwrap_or_default();
     if !options.causal && left.is_none() && right.is_none() {
         return None;

@@ -21,9 +21,9 @@ use crate::runtime::Runtime;
 use crate::tensor::{TensorView, TensorViewMut};
 
 pub(crate) use self::check::{Checked, restate};
-#[cfg(feature = "validate")]
-pub(crate) use self::select::capable;
 pub(crate) use self::select::{BaseAlign, choose, explain};
+#[cfg(feature = "validate")]
+pub(crate) use self::{check::band, problem::visible_pairs, select::capable};
 
 /// How far a query looks, in keys, either side of its diagonal; `None` is unbounded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

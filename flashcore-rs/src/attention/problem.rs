@@ -100,11 +100,7 @@ impl Problem {
 
     /// The keys that query row `i` sees, mask aside: a possibly empty range within `0..seq_len_k`.
     pub fn visible_keys(&self, i: usize) -> std::ops::Range<usize> {
-        let len = self.seq_len_k as i64;
-        let Some(band) = self.band else { return 0..self.seq_len_k };
-        let start = (i as i64 + i64::from(band.lo)).clamp(0, len);
-        let end = (i as i64 + i64::from(band.hi) + 1).clamp(start, len);
-        start as usize..end as usize
+        visible_keys(self.band, i, self.seq_len_k)
     }
 
     /// Layout of the query.
@@ -133,12 +129,25 @@ impl Problem {
 
     /// Floating-point operations of the two products over the visible keys; mask contents are not looked at.
     pub fn flops(&self) -> f64 {
-        let visible: f64 = match self.band {
-            None => self.seq_len_q as f64 * self.seq_len_k as f64,
-            Some(_) => (0..self.seq_len_q).map(|i| self.visible_keys(i).len() as f64).sum(),
-        };
+        let visible = visible_pairs(self.band, self.seq_len_q, self.seq_len_k);
         let dims = self.head_dim_qk as f64 + self.head_dim_v as f64;
         2.0 * visible * self.batch as f64 * self.num_heads_q as f64 * dims
+    }
+}
+
+fn visible_keys(band: Option<Band>, i: usize, seq_len_k: usize) -> std::ops::Range<usize> {
+    let len = seq_len_k as i64;
+    let Some(band) = band else { return 0..seq_len_k };
+    let start = (i as i64 + i64::from(band.lo)).clamp(0, len);
+    let end = (i as i64 + i64::from(band.hi) + 1).clamp(start, len);
+    start as usize..end as usize
+}
+
+/// How many pairs there are of a query row and a key that it sees, mask aside, in one head.
+pub(crate) fn visible_pairs(band: Option<Band>, seq_len_q: usize, seq_len_k: usize) -> f64 {
+    match band {
+        None => seq_len_q as f64 * seq_len_k as f64,
+        Some(_) => (0..seq_len_q).map(|i| visible_keys(band, i, seq_len_k).len() as f64).sum(),
     }
 }
 

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use super::case::Case;
 use super::environment::Environment;
 use super::measure::{Mode, Protocol, Sample, Source};
-use super::open::read;
+use super::open::json;
 use super::report::Evidence;
-use super::stats::{Series, compare_unpaired, judge_suite};
-use super::summary::{CompareRow, MeasureRow, Measured, settings, verdict};
+use super::stats::compare_unpaired;
+use super::summary::{CompareRow, Compared, Grouped, MeasureRow, Measured, judged};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -38,8 +38,7 @@ impl Document {
     /// # Errors
     /// When one of them is not there, is not what was written, or is not of a measurement.
     pub fn read(path: &Path) -> Result<Self> {
-        let evidence: Evidence =
-            serde_json::from_slice(&read(path)?).map_err(|error| format!("{}: {error}", path.display()))?;
+        let evidence: Evidence = json(path)?;
         let (Some(raw), Some(protocol)) = (&evidence.raw, &evidence.protocol) else {
             return Err(format!("{}: no samples; give a file that `measure` or `compare` wrote", path.display()).into());
         };
@@ -73,14 +72,6 @@ impl Document {
     pub(super) fn is_relative(&self) -> bool {
         self.evidence.arms.len() == 2
             && self.evidence.arms[0] == super::measure::ArmSpec::from(Source::Reference).to_string()
-    }
-
-    /// Times of the last arm by process, in the document's unit.
-    fn series(&self, case: usize, mode: Mode, relative: bool) -> Vec<Series> {
-        match relative {
-            true => self.measured().ratios(case, mode),
-            false => self.measured().times(case, mode, self.evidence.arms.len() - 1),
-        }
     }
 
     fn name(&self) -> String {
@@ -118,23 +109,24 @@ pub fn compare_documents(baseline: &Document, candidate: &Document) -> Result<Ve
     let theirs: HashMap<String, usize> =
         baseline.cases.iter().enumerate().map(|(index, case)| (case.to_string(), index)).collect();
     let protocol = &candidate.protocol;
-    let settings = settings(protocol);
+    let (old, new) = (baseline.measured().grouped(), candidate.measured().grouped());
+    // The times of the last arm by process, in the documents' unit.
+    let series = |document: &Document, samples: &Grouped<'_>, case: usize, mode: Mode| match relative {
+        true => samples.ratios(case, mode),
+        false => samples.times(case, mode, document.evidence.arms.len() - 1),
+    };
+    let [from, to] = [baseline.name(), candidate.name()];
     let mut rows = Vec::new();
     for &mode in &protocol.modes {
-        let both = candidate.cases.iter().enumerate().filter_map(|(ours, case)| {
+        let both = candidate.cases.iter().enumerate().filter_map(|(case_index, case)| {
             let name = case.to_string();
-            let &old = theirs.get(&name)?;
-            let discarded = baseline.measured().discarded(old, mode).max(candidate.measured().discarded(ours, mode));
-            let times = [baseline.series(old, mode, relative), candidate.series(ours, mode, relative)];
-            Some(((ours, name, discarded), compare_unpaired(&times[0], &times[1], &settings)?))
+            let &theirs = theirs.get(&name)?;
+            let discarded = old.discarded(theirs, mode).max(new.discarded(case_index, mode));
+            let times = [series(baseline, &old, theirs, mode), series(candidate, &new, case_index, mode)];
+            let comparison = compare_unpaired(&times[0], &times[1], &protocol.settings())?;
+            Some(Compared { case_index, name, comparison, discarded })
         });
-        let (cases, compared): (Vec<_>, Vec<_>) = both.unzip();
-        let judged = judge_suite(&compared, &settings);
-        for (((case_index, name, discarded), comparison), judged) in cases.into_iter().zip(compared).zip(judged) {
-            let outcome = verdict(&judged, discarded, protocol);
-            let arms = [baseline.name(), candidate.name()];
-            rows.push(CompareRow { case_index, name, mode, arms, comparison, judged, discarded, outcome });
-        }
+        rows.extend(judged(both.collect(), mode, [&from, &to], protocol));
     }
     if rows.is_empty() {
         let (one, other) = (baseline.path.display(), candidate.path.display());

@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::Path;
 
 use flate2::read::GzDecoder;
+use serde::de::DeserializeOwned;
 
 use super::measure::Source;
 use crate::runtime::Runtime;
@@ -29,6 +30,11 @@ pub(super) fn on_device(source: &Source, ordinal: u32) -> Result<Runtime> {
         Source::Embedded | Source::Cpu | Source::Reference | Source::External(_) => builder,
     };
     Ok(builder.build()?)
+}
+
+/// What a JSON file says; the error names it.
+pub(super) fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_slice(&read(path)?).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 /// The bytes of a file, uncompressed when its name ends with .gz; the error names it.

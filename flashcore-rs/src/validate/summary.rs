@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::case::Case;
 use super::measure::{Mode, ProcessReport, Protocol, Sample};
 use super::stats::{
-    Block, Comparison, Description, Judged, Outcome, Series, Settings, compare, describe, judge_suite, quantum,
+    Block, Comparison, Description, Judged, Outcome, Series, compare, describe, judge_suite, median, quantum,
 };
-use crate::attention::CausalAlign;
+use crate::attention::{band, visible_pairs};
 
 /// One case, mode and arm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -108,16 +108,8 @@ impl Floor {
 
 /// Floating-point operations of both products, for the keys that a row's band shows it.
 pub fn flops(case: &Case) -> f64 {
-    let [rows, keys] = [case.seq_len_q, case.seq_len_k].map(|len| len as i64);
-    let diagonal = if case.options.causal_align == CausalAlign::BottomRight { keys - rows } else { 0 };
-    let window = case.options.window.unwrap_or_default();
-    let right = if case.options.causal { Some(0) } else { window.right };
-    let seen = |row: i64| {
-        let first = window.left.map_or(0, |left| (row + diagonal - i64::from(left)).clamp(0, keys));
-        let end = right.map_or(keys, |right| (row + diagonal + i64::from(right) + 1).clamp(0, keys));
-        (end - first).max(0) as f64
-    };
-    let scores = (case.batch * case.num_heads_q) as f64 * (0..rows).map(seen).sum::<f64>();
+    let [rows, keys] = [case.seq_len_q, case.seq_len_k];
+    let scores = (case.batch * case.num_heads_q) as f64 * visible_pairs(band(&case.options, rows, keys), rows, keys);
     2.0 * scores * (case.head_dim_qk + case.head_dim_v) as f64
 }
 
@@ -137,6 +129,9 @@ pub struct Measured<'a> {
     pub device: &'a str,
 }
 
+/// Samples by case and mode, without the discarded ones.
+pub(super) struct Grouped<'a>(BTreeMap<(u32, Mode), Kept<'a>>);
+
 /// The samples of one case and mode, without the discarded ones.
 struct Kept<'a> {
     samples: Vec<&'a Sample>,
@@ -144,23 +139,21 @@ struct Kept<'a> {
     kept: [usize; 2],
 }
 
-impl Measured<'_> {
-    fn settings(&self) -> Settings {
-        settings(self.protocol)
-    }
-
-    fn kept(&self) -> BTreeMap<(u32, Mode), Kept<'_>> {
+impl<'a> Measured<'a> {
+    /// Sorts the samples, once for whatever is asked of them.
+    pub(super) fn grouped(&self) -> Grouped<'a> {
         let mut groups: BTreeMap<(u32, Mode), Vec<&Sample>> = BTreeMap::new();
         for sample in self.samples {
             groups.entry((sample.case, sample.mode)).or_default().push(sample);
         }
-        groups.into_iter().map(|(key, samples)| (key, Kept::new(samples, self.protocol.min_sm_share))).collect()
+        let kept = |(key, samples)| (key, Kept::new(samples, self.protocol.min_sm_share));
+        Grouped(groups.into_iter().map(kept).collect())
     }
 
     /// One row per case, mode and arm.
     pub fn measured(&self) -> Vec<MeasureRow> {
         let mut rows = Vec::new();
-        for (&(case_index, mode), kept) in &self.kept() {
+        for (&(case_index, mode), kept) in &self.grouped().0 {
             for arm in 0..self.arms.len() {
                 rows.extend(self.measure_row(case_index as usize, mode, arm, kept));
             }
@@ -197,70 +190,70 @@ impl Measured<'_> {
     /// One row per case and mode of a suite with two arms; each mode is a suite of its own.
     pub fn compared(&self) -> Vec<CompareRow> {
         let [baseline, candidate] = self.arms else { return Vec::new() };
-        let kept = self.kept();
-        let mut rows = Vec::new();
-        for mode in Mode::ALL {
-            let of_mode = kept.iter().filter(|((_, of), _)| *of == mode);
-            let compared: Vec<(usize, &Kept<'_>, Comparison)> = of_mode
-                .filter_map(|(&(case, _), kept)| {
-                    Some((case as usize, kept, compare(&kept.blocks(), &self.settings())?))
-                })
-                .collect();
-            let judged = judge_suite(&compared.iter().map(|(.., c)| c.clone()).collect::<Vec<_>>(), &self.settings());
-            for ((case_index, kept, comparison), judged) in compared.into_iter().zip(judged) {
-                let discarded = kept.discarded(0).max(kept.discarded(1));
-                let outcome = verdict(&judged, discarded, self.protocol);
-                let name = self.cases.get(case_index).map(Case::to_string).unwrap_or_default();
-                let arms = [baseline.clone(), candidate.clone()];
-                rows.push(CompareRow { case_index, name, mode, arms, comparison, judged, discarded, outcome });
-            }
-        }
-        rows
+        let settings = self.protocol.settings();
+        let grouped = self.grouped();
+        let of_mode = |mode: Mode| {
+            let compared = grouped.0.iter().filter(|((_, of), _)| *of == mode).filter_map(|(&(case, _), kept)| {
+                let name = self.cases.get(case as usize).map(Case::to_string).unwrap_or_default();
+                let comparison = compare(&kept.blocks(), &settings)?;
+                Some(Compared { case_index: case as usize, name, comparison, discarded: kept.most_discarded() })
+            });
+            judged(compared.collect(), mode, [baseline, candidate], self.protocol)
+        };
+        Mode::ALL.into_iter().flat_map(of_mode).collect()
+    }
+}
+
+/// A case of a suite that is not judged yet.
+pub(super) struct Compared {
+    pub(super) case_index: usize,
+    pub(super) name: String,
+    pub(super) comparison: Comparison,
+    /// Share of samples that the clock rule discarded.
+    pub(super) discarded: f64,
+}
+
+/// Judges the cases of one suite: nothing is concluded from what is left when too much was discarded.
+pub(super) fn judged(suite: Vec<Compared>, mode: Mode, arms: [&str; 2], protocol: &Protocol) -> Vec<CompareRow> {
+    let comparisons: Vec<Comparison> = suite.iter().map(|compared| compared.comparison.clone()).collect();
+    let row = |(compared, judged): (Compared, Judged)| {
+        let Compared { case_index, name, comparison, discarded } = compared;
+        let outcome = if discarded > protocol.max_discarded { Outcome::Inconclusive } else { judged.outcome };
+        let arms = arms.map(str::to_owned);
+        CompareRow { case_index, name, mode, arms, comparison, judged, discarded, outcome }
+    };
+    suite.into_iter().zip(judge_suite(&comparisons, &protocol.settings())).map(row).collect()
+}
+
+impl Grouped<'_> {
+    fn kept(&self, case_index: usize, mode: Mode) -> Option<&Kept<'_>> {
+        self.0.get(&(case_index as u32, mode))
     }
 
     /// Per process the ratio of candidate to baseline of each block: times in a unit that other machines have too.
-    pub fn ratios(&self, case_index: usize, mode: Mode) -> Vec<Series> {
-        let median = |ns: &[f64]| describe(&[ns.to_vec()]).map(|stats| stats.median);
-        let kept = self.kept();
-        let Some(kept) = kept.get(&(case_index as u32, mode)) else { return Vec::new() };
+    pub(super) fn ratios(&self, case_index: usize, mode: Mode) -> Vec<Series> {
+        let Some(kept) = self.kept(case_index, mode) else { return Vec::new() };
         let ratio = |block: &Block| Some(median(&block.arms[1])? / median(&block.arms[0])?);
         kept.blocks().iter().map(|blocks| blocks.iter().filter_map(ratio).collect()).collect()
     }
 
-    /// The share of samples of a case and mode that the clock rule discarded, of the arm that lost most.
-    pub fn discarded(&self, case_index: usize, mode: Mode) -> f64 {
-        let kept = self.kept();
-        let shares = kept.get(&(case_index as u32, mode)).map(|kept| [kept.discarded(0), kept.discarded(1)]);
-        shares.unwrap_or_default().into_iter().fold(0.0, f64::max)
+    /// The share of samples that the clock rule discarded, of the arm that lost most.
+    pub(super) fn discarded(&self, case_index: usize, mode: Mode) -> f64 {
+        self.kept(case_index, mode).map_or(0.0, Kept::most_discarded)
     }
 
     /// The times of one arm, by process.
-    pub fn times(&self, case_index: usize, mode: Mode, arm: usize) -> Vec<Series> {
-        self.kept().get(&(case_index as u32, mode)).map(|kept| kept.series(arm)).unwrap_or_default()
+    pub(super) fn times(&self, case_index: usize, mode: Mode, arm: usize) -> Vec<Series> {
+        self.kept(case_index, mode).map(|kept| kept.series(arm)).unwrap_or_default()
     }
-}
-
-/// What the statistics need of a protocol.
-pub fn settings(protocol: &Protocol) -> Settings {
-    let &Protocol { margin, alpha, power, seed, .. } = protocol;
-    Settings { margin, alpha, power, seed }
-}
-
-/// The verdict: nothing is concluded from what is left when too much was discarded.
-pub fn verdict(judged: &Judged, discarded: f64, protocol: &Protocol) -> Outcome {
-    if discarded > protocol.max_discarded { Outcome::Inconclusive } else { judged.outcome }
 }
 
 impl<'a> Kept<'a> {
     fn new(samples: Vec<&'a Sample>, min_sm_share: Option<f64>) -> Self {
         let count = |samples: &[&Sample]| [0, 1].map(|arm| samples.iter().filter(|s| s.arm == arm).count());
         let all = count(&samples);
-        let mut clocks: Vec<f64> = samples.iter().filter_map(|sample| sample.sm_mhz).collect();
-        clocks.sort_by(f64::total_cmp);
-        let least = match (min_sm_share, describe(&[clocks])) {
-            (Some(share), Some(clocks)) => share * clocks.median,
-            _ => 0.0,
-        };
+        let clocks: Vec<f64> = samples.iter().filter_map(|sample| sample.sm_mhz).collect();
+        let least = min_sm_share.zip(median(&clocks)).map_or(0.0, |(share, usual)| share * usual);
         let samples: Vec<&Sample> =
             samples.into_iter().filter(|sample| sample.sm_mhz.is_none_or(|mhz| mhz >= least)).collect();
         Self { kept: count(&samples), all, samples }
@@ -272,6 +265,10 @@ impl<'a> Kept<'a> {
 
     fn discarded(&self, arm: usize) -> f64 {
         (self.all[arm] - self.kept[arm]) as f64 / self.all[arm].max(1) as f64
+    }
+
+    fn most_discarded(&self) -> f64 {
+        self.discarded(0).max(self.discarded(1))
     }
 
     fn series(&self, arm: usize) -> Vec<Series> {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::super::case::Case;
+use super::super::stats::Settings;
 use crate::tensor::Device;
 
 /// What a sample is the time of; see the [module](super).
@@ -184,6 +185,12 @@ impl Default for Protocol {
 }
 
 impl Protocol {
+    /// What the statistics need of it.
+    pub fn settings(&self) -> Settings {
+        let &Self { margin, alpha, power, seed, .. } = self;
+        Settings { margin, alpha, power, seed }
+    }
+
     /// What suits a device, at length or for a smoke run.
     pub fn for_device(device: Device, quick: bool) -> Self {
         let gpu = Self::default();
