@@ -1,5 +1,6 @@
 //! The clocks, and what is around the calls that are timed.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::arm::{Arm, LAUNCHES};
@@ -96,7 +97,7 @@ pub(super) enum Bench {
 /// A stream, the tools around it, and memory to flush the L2 cache with.
 pub(super) struct DeviceBench {
     stream: Stream,
-    probe: Probe,
+    probe: Rc<Probe>,
     flush: DeviceBuffer,
     readings: DeviceBuffer,
 }
@@ -107,7 +108,7 @@ impl Bench {
         let Some(stream) = stream else { return Ok(Self::Host) };
         let bytes = stream.context().info.l2_bytes as usize * flush as usize;
         Ok(Self::Device(Box::new(DeviceBench {
-            probe: Probe::new(&stream)?,
+            probe: Rc::new(Probe::new(&stream)?),
             flush: DeviceBuffer::filled(&stream, bytes, PATTERN)?,
             readings: DeviceBuffer::filled(&stream, turns * READING, 0)?,
             stream,
@@ -160,7 +161,7 @@ impl DeviceBench {
         for (i, &arm) in turns.iter().enumerate() {
             self.stream.synchronize()?;
             let start = Instant::now();
-            self.slowed(&mut arms[arm], 1)?;
+            self.slowed(&mut arms[arm])?;
             self.stream.synchronize()?;
             ns.push(start.elapsed().as_nanos() as f64);
             self.probe.clock(&self.readings, i * READING, WATCHED)?;
@@ -198,14 +199,14 @@ impl DeviceBench {
                 graph.launch(&self.stream)?;
                 self.delay(turn.delay * LAUNCHES as u32)?;
             }
-            _ => self.slowed(turn, 1)?,
+            _ => self.slowed(turn)?,
         }
         Ok((start, self.stream.record()?))
     }
 
-    fn slowed(&self, turn: &mut Turn<'_, '_>, calls: u32) -> Result<()> {
+    fn slowed(&self, turn: &mut Turn<'_, '_>) -> Result<()> {
         turn.timed.call()?;
-        self.delay(turn.delay * calls)
+        self.delay(turn.delay)
     }
 
     fn delay(&self, span: Duration) -> Result<()> {
@@ -228,9 +229,7 @@ impl DeviceBench {
 
     fn floor(&mut self, mode: Mode, samples: usize) -> Result<Vec<Reading>> {
         let turns = vec![0; samples.min(self.readings.len() / READING - 1)];
-        let stream = self.stream.clone();
-        // The probe is used on both sides, so the call has one of its own.
-        let probe = Probe::new(&stream)?;
+        let (stream, probe) = (self.stream.clone(), self.probe.clone());
         let mut nothing = Nothing(Some((&probe, &stream)));
         match mode {
             Mode::Call => self.whole_calls(&mut [still(&mut nothing)], &turns),
