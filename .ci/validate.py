@@ -30,6 +30,7 @@ def main() -> int:
     subprocess.run(BUILD.split(), cwd=ROOT, check=True)
     OUT.mkdir(parents=True, exist_ok=True)
     codes = {}
+    of = commit()
     for name, arguments in RUNS.items():
         files = [
             f"--{kind}={OUT / name}.{suffix}"
@@ -40,7 +41,7 @@ def main() -> int:
             *arguments.split(),
             "--device",
             "cpu",
-            f"--commit={commit()}",
+            f"--commit={of}",
             *files,
         ]
         codes[name] = subprocess.run(command, cwd=ROOT, check=False).returncode

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timing import replay
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -106,15 +107,9 @@ class Arm:
         return float(time.perf_counter_ns() - start)
 
     def launch(self) -> float:
-        """Nanoseconds of one launch. The replay before keeps the host's time out."""
+        """Nanoseconds of one launch."""
         assert self.graph is not None
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.graph.replay()
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return round(start.elapsed_time(end) * 1e6) / LAUNCHES
+        return round(replay(self.graph) * 1e6) / LAUNCHES
 
 
 def chosen(name: str) -> Any:

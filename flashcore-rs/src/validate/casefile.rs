@@ -22,7 +22,7 @@
 //! lse = false             # measured without
 //! ```
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -39,6 +39,8 @@ type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 /// A case file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CaseFile {
+    /// Where it is.
+    pub path: PathBuf,
     /// The cases, in the file's order.
     pub cases: Vec<Case>,
     /// How to measure them, if the file says.
@@ -100,10 +102,10 @@ impl CaseFile {
     /// When it cannot be read, or says something else than the [module](self) documents; the error says where.
     pub fn read(path: &Path) -> Result<Self> {
         let text = String::from_utf8(read(path)?).map_err(|error| format!("{}: {error}", path.display()))?;
-        Self::parse(&text).map_err(|error| format!("{}: {error}", path.display()).into())
+        Self::parse(path, &text).map_err(|error| format!("{}: {error}", path.display()).into())
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    fn parse(path: &Path, text: &str) -> Result<Self> {
         let File { protocol, case } = toml::from_str(text)?;
         if case.is_empty() {
             return Err("no [[case]]".into());
@@ -112,7 +114,7 @@ impl CaseFile {
         for (i, case) in cases.iter().enumerate() {
             well_formed(case).map_err(|error| format!("case {}: {error}", i + 1))?;
         }
-        Ok(Self { cases, protocol })
+        Ok(Self { path: path.into(), cases, protocol })
     }
 
     /// A protocol with what the file says in place of what it has.
@@ -125,7 +127,7 @@ impl CaseFile {
         for (name, value) in said {
             fields[name] = serde_json::to_value(value)?;
         }
-        Ok(serde_json::from_value(fields)?)
+        serde_json::from_value(fields).map_err(|error| format!("{}: {error}", self.path.display()).into())
     }
 }
 
@@ -146,6 +148,7 @@ mod tests {
     #[test]
     fn cases_have_defaults_and_protocols_are_overlaid() -> Result<()> {
         let file = CaseFile::parse(
+            Path::new("cases.toml"),
             "[protocol]\nmodes = [\"graph\"]\nmargin = 0.02\n\n\
              [[case]]\nnum_heads_q = 8\nnum_heads_kv = 2\nseq_len_q = 100\nhead_dim = 64\ncausal = true\nwindow_left = 7\n\
              [[case]]\nnum_heads_q = 1\nseq_len_q = 1\nseq_len_k = 33\nhead_dim = 128\ndtype = \"bf16\"\nbatch = 3\n",
@@ -170,7 +173,8 @@ mod tests {
             (format!("[protocol]\nblokcs = 3\n{case}"), "blokcs"),
         ] {
             let protocol = Protocol::default();
-            let said = CaseFile::parse(&text).and_then(|file| file.apply(protocol)).map(|_| ());
+            let said =
+                CaseFile::parse(Path::new("cases.toml"), &text).and_then(|file| file.apply(protocol)).map(|_| ());
             let said = said.err().map(|error| error.to_string()).unwrap_or_default();
             assert!(said.contains(word), "{text:?}: {said}");
         }

@@ -111,7 +111,7 @@ pub fn markdown(evidence: &Evidence) -> String {
     for Section { title, table } in sections(evidence) {
         text += &format!("\n{title}\n\n{table}\n");
     }
-    let failures: Vec<_> = outcomes(evidence).into_iter().filter_map(|test| Some((test.name, test.failure?))).collect();
+    let failures = not_passed(evidence);
     if !failures.is_empty() {
         text += "\n## Not passed\n\n";
         failures.iter().for_each(|(name, why)| text += &format!("- {name}: {why}\n"));
@@ -221,9 +221,14 @@ fn compared(row: &Value) -> String {
     )
 }
 
+/// Names and reasons.
+fn not_passed(evidence: &Evidence) -> Vec<(String, String)> {
+    outcomes(evidence).into_iter().filter_map(|test| Some((test.name, test.failure?))).collect()
+}
+
 /// Failures for people, as many as a screen holds.
 pub fn failures(evidence: &Evidence) -> Vec<String> {
-    let failed: Vec<_> = outcomes(evidence).into_iter().filter_map(|test| Some((test.name, test.failure?))).collect();
+    let failed = not_passed(evidence);
     let mut lines: Vec<String> =
         failed.iter().take(SHOWN).map(|(name, why)| format!("NOT PASSED {name}: {why}")).collect();
     if failed.len() > SHOWN {

@@ -121,8 +121,7 @@ pub(super) fn once(subject: &dyn Subject, cases: &[Case], options: &Options, ses
             session.ui.doing(&case.to_string());
             let row = Row { case: Some(case.clone()), ..judge(subject, case, options.seed, 1, None) };
             passed += usize::from(row.verdict.pass);
-            session.ended(exit(row.verdict.pass));
-            session.evidence.push("correct", &row)?;
+            session.add("correct", &row, exit(row.verdict.pass))?;
             session.ui.done();
         }
         session.ui.plain(&format!("  {:12} {passed}/{} pass", family[0].family, family.len()));
@@ -141,8 +140,7 @@ fn repeatedly(
     for case in cases {
         session.ui.doing(&case.to_string());
         let row = judge(subject, case, options.seed, arguments.repeats as usize, None);
-        session.ended(exit(row.verdict.pass));
-        session.evidence.push("repeat", &row)?;
+        session.add("repeat", &row, exit(row.verdict.pass))?;
         session.ui.done();
     }
     Ok(())
@@ -155,8 +153,7 @@ fn on_every_variant(subject: &dyn Subject, cases: &[&Case], options: &Options, s
         session.ui.doing(&case.to_string());
         for variant in subject.variants(case)? {
             let row = judge(subject, case, options.seed, 1, Some(&variant));
-            session.ended(exit(row.verdict.pass));
-            session.evidence.push("variant", &row)?;
+            session.add("variant", &row, exit(row.verdict.pass))?;
         }
         session.ui.done();
     }
@@ -168,8 +165,7 @@ fn properties(subject: &dyn Subject, cases: &[Case], options: &Options, session:
     for case in cases {
         session.ui.doing(&case.to_string());
         for verdict in check_properties(subject, case, options.seed) {
-            session.ended(exit(verdict.pass));
-            session.evidence.push("property", &verdict)?;
+            session.add("property", &verdict, exit(verdict.pass))?;
         }
         session.ui.done();
     }

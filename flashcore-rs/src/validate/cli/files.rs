@@ -73,10 +73,7 @@ fn same(one: &Value, other: &Value) -> bool {
 
 /// Prints or writes the tables of documents.
 pub(super) fn report(files: &[PathBuf], options: &Options) -> Result<Exit> {
-    let read = |file: &PathBuf| -> Result<Evidence> {
-        Ok(serde_json::from_slice(&open::read(file)?).map_err(|error| format!("{}: {error}", file.display()))?)
-    };
-    let documents = files.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let documents = files.iter().map(|file| open::json(file)).collect::<Result<Vec<Evidence>>>()?;
     documents.iter().for_each(show);
     let all: Vec<String> = documents.iter().map(markdown).collect();
     super::write(options.markdown.as_deref(), || Ok(all.join("\n")))?;

@@ -5,6 +5,7 @@ use std::io::{stdin, stdout};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::Value;
 
 use super::super::baseline::{Document, compare_documents, same_machine};
 use super::super::case::Case;
@@ -34,8 +35,8 @@ pub(super) struct MeasureArguments {
 #[derive(Args, Default)]
 pub(super) struct Arguments {
     /// Cases, and how to measure them, from a TOML file instead of the nine configurations
-    #[arg(long, value_name = "FILE")]
-    cases: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", value_parser = case_file)]
+    cases: Option<CaseFile>,
     /// What to take the time of: call, cold, hot, graph
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     modes: Vec<Mode>,
@@ -76,8 +77,7 @@ pub(super) struct CompareArguments {
 impl Arguments {
     /// The suite, before it is known where it runs: without arms.
     pub(super) fn suite(&self, options: &Options) -> Result<Suite> {
-        let file = self.cases.as_deref().map(CaseFile::read).transpose()?;
-        let cases = file.map_or_else(classic, |file| file.cases);
+        let cases = self.cases.as_ref().map_or_else(classic, |file| file.cases.clone());
         Ok(Suite { cases: options.select(cases), arms: Vec::new(), ordinal: 0, protocol: Protocol::default() })
     }
 
@@ -87,9 +87,8 @@ impl Arguments {
         if arms.iter().any(ArmSpec::is_on_host) {
             protocol.modes = vec![Mode::Call];
         }
-        if let Some(path) = &self.cases {
-            let apply = CaseFile::read(path)?.apply(protocol);
-            protocol = apply.map_err(|error| format!("{}: {error}", path.display()))?;
+        if let Some(file) = &self.cases {
+            protocol = file.apply(protocol)?;
         }
         self.overlay(protocol, device, arms)
     }
@@ -112,12 +111,16 @@ impl Arguments {
     }
 }
 
+fn case_file(path: &str) -> Result<CaseFile, String> {
+    CaseFile::read(Path::new(path)).map_err(|error| error.to_string())
+}
+
 fn arm_of(text: &str) -> Result<ArmSpec> {
     text.parse().map_err(|error| format!("{text}: {error}").into())
 }
 
 /// This very program, which measures.
-fn this_program() -> Result<Vec<OsString>> {
+pub(super) fn this_program() -> Result<Vec<OsString>> {
     Ok(vec![std::env::current_exe()?.into_os_string()])
 }
 
@@ -146,7 +149,7 @@ pub(super) fn measure(mut suite: Suite, options: &Options, session: &mut Session
 }
 
 /// What the options name.
-fn subject(options: &Options, session: &Session) -> ArmSpec {
+pub(super) fn subject(options: &Options, session: &Session) -> ArmSpec {
     let source = match session.runtime.device() {
         Device::Cpu => Source::Cpu,
         Device::Cuda(_) => options.source().unwrap_or(Source::Embedded),
@@ -159,11 +162,11 @@ fn timed(mut suite: Suite, options: &Options, session: &mut Session) -> Result<(
     suite.ordinal = ordinal(&session.runtime);
     correct::once(&session.runtime.clone(), &suite.cases, options, session)?;
     let document = sampled(suite, &this_program()?, options, &session.evidence, true, &mut session.ui)?;
-    session.evidence = document.evidence.clone();
-    for row in document.measured().measured() {
-        if row.discarded > document.protocol.max_discarded {
-            session.ended(Exit::Inconclusive);
-        }
+    session.evidence = document.evidence;
+    let discarded =
+        |row: &Value| row["discarded"].as_f64().is_some_and(|share| share > document.protocol.max_discarded);
+    if session.evidence.of_kind("measure").any(discarded) {
+        session.ended(Exit::Inconclusive);
     }
     Ok(())
 }

@@ -255,6 +255,12 @@ impl Session {
         self.exit = self.exit.and(exit);
     }
 
+    /// Adds a row, and what it means for how the run ends.
+    fn add(&mut self, kind: &str, row: &impl Serialize, exit: Exit) -> Result<()> {
+        self.ended(exit);
+        Ok(self.evidence.push(kind, row)?)
+    }
+
     /// Writes and prints what was found, until `done` if that is an error: it takes nothing away from what came before.
     fn finish(mut self, options: &Options, done: Result<()>) -> Result<Exit> {
         self.ui.finish();

@@ -18,7 +18,7 @@ use super::super::open;
 use super::super::properties::property_cases;
 use super::super::stats::{Outcome, Plan, calibrate};
 use super::super::summary::CompareRow;
-use super::measure::sampled;
+use super::measure::{sampled, subject, this_program};
 use super::{Exit, Options, Result, Session, ordinal, print};
 use crate::tensor::Device;
 
@@ -109,8 +109,7 @@ fn calibration(options: &Options, session: &mut Session) -> Result<()> {
     plan.settings.seed = options.seed;
     session.ui.phase("calibrate", plan.suites);
     for row in calibrate(&plan, &mut || session.ui.done()) {
-        session.ended(exit(row.met));
-        session.evidence.push("calibration", &row)?;
+        session.add("calibration", &row, exit(row.met))?;
     }
     Ok(())
 }
@@ -135,10 +134,9 @@ fn cpu_mutants(options: &Options, session: &mut Session) -> Result<()> {
 }
 
 fn mutant(name: String, description: String, device: String, kill: Option<Kill>, session: &mut Session) -> Result<()> {
-    session.ended(exit(kill.is_some()));
     let killed = kill.is_some();
     let (case, reason) = kill.map(|kill| (kill.case, kill.reason)).unzip();
-    Ok(session.evidence.push("mutant", &MutantRow { name, description, device, killed, case, reason })?)
+    session.add("mutant", &MutantRow { name, description, device, killed, case, reason }, exit(killed))
 }
 
 /// The wrong kernels that are machine code, each in a process of its own: what they do to the device ends with it.
@@ -147,9 +145,7 @@ fn bundle_mutants(folder: &Path, options: &Options, session: &mut Session) -> Re
         Device::Cuda(ordinal) => ordinal,
         Device::Cpu => return Err("--mutants needs a CUDA device: its kernels are machine code".into()),
     };
-    let list = folder.join("mutants.json");
-    let listing: Listing =
-        serde_json::from_slice(&open::read(&list)?).map_err(|error| format!("{}: {error}", list.display()))?;
+    let listing: Listing = open::json(&folder.join("mutants.json"))?;
     session.ui.phase("mutant bundles", listing.mutants.len());
     let ui = &session.ui;
     let hunted = |listed: &Listed| {
@@ -232,11 +228,7 @@ pub(super) fn hunt_bundle(options: &Options) -> Result<Exit> {
 /// Comparisons with a known answer: the same code, the same with a delay, slower code.
 fn planted(arguments: &Arguments, options: &Options, session: &mut Session) -> Result<()> {
     let device = session.runtime.device();
-    let own: ArmSpec = match device {
-        Device::Cpu => Source::Cpu,
-        Device::Cuda(_) => options.source().unwrap_or(Source::Embedded),
-    }
-    .into();
+    let own = subject(options, session);
     // On the CPU nothing below a tenth is told apart from other programs' work.
     let (delay_us, margin) = if device == Device::Cpu { (20_000.0, 0.25) } else { (1.0, 0.005) };
     let delayed = ArmSpec { delay_us, ..own.clone() };
@@ -251,8 +243,7 @@ fn planted(arguments: &Arguments, options: &Options, session: &mut Session) -> R
         }
         for of_mode in rows.chunk_by(|one, next| one.mode == next.mode) {
             let row = planted_row(&own, &candidate, expected, of_mode);
-            session.ended(exit(row.pass));
-            session.evidence.push("planted", &row)?;
+            session.add("planted", &row, exit(row.pass))?;
         }
     }
     Ok(())
@@ -307,8 +298,7 @@ fn compared(
     let arms = vec![baseline.clone(), candidate.clone()];
     let suite = Suite { cases, arms, ordinal: ordinal(&session.runtime), protocol };
     // The samples of this are no evidence of the kernels.
-    let document =
-        sampled(suite, &[std::env::current_exe()?.into()], options, &session.evidence, false, &mut session.ui)?;
+    let document = sampled(suite, &this_program()?, options, &session.evidence, false, &mut session.ui)?;
     Ok(document.measured().compared())
 }
 
