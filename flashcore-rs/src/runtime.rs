@@ -5,17 +5,15 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use crate::attention::check::Operands;
-use crate::attention::plan::Addresses;
-use crate::attention::prepared::Ready;
-use crate::attention::recent::{self, Geometry, Key};
+use crate::attention::plan::{Addresses, Placed};
+use crate::attention::recent::{self, Geometry, Key, Settled};
 use crate::attention::{
-    Attention, AttentionOptions, BaseAlign, Checked, Explanation, Plan, Problem, choose, explain, restate,
+    Attention, AttentionOptions, BaseAlign, Checked, Explanation, Operands, Plan, Problem, choose, explain, restate,
 };
 use crate::bundle::manifest::{AuditVerdict, Launch, Variant};
 use crate::bundle::{Bundle, Manifest, embedded};
 use crate::cpu;
-use crate::device::{Captured, DeviceContext, Few, Loan, Stream, enqueue};
+use crate::device::{BufferInner, Captured, DeviceContext, Few, Loan, Stream, enqueue};
 use crate::driver::{DeviceInfo, Driver, FunctionHandle, StreamHandle};
 use crate::error::{BundleError, Error, Result};
 use crate::tensor::{Device, HostMut, Layout, Owner, OwnerMut, StorageMut, TensorView, TensorViewMut};
@@ -234,22 +232,15 @@ impl Runtime {
     }
 
     /// Starts an attention call; see [`Attention`].
+    #[inline]
     pub fn attention<'a>(
-        &'a self,
+        &self,
         query: &TensorView<'a>,
         key: &TensorView<'a>,
         value: &TensorView<'a>,
-    ) -> Attention<'a> {
-        Attention {
-            runtime: self,
-            query: *query,
-            key: *key,
-            value: *value,
-            attn_mask: None,
-            options: AttentionOptions::default(),
-            stream: None,
-            pin: None,
-        }
+    ) -> Attention<'_, 'a> {
+        let operands = Operands { query: *query, key: *key, value: *value, attn_mask: None };
+        Attention { runtime: self, operands, options: AttentionOptions::default(), stream: None, pin: None }
     }
 
     /// The index of a variant in the manifest; `None` for the CPU backend, which has nothing to choose from.
@@ -276,77 +267,88 @@ impl Runtime {
 
     pub(crate) fn run(
         &self,
-        call: &Attention<'_>,
+        call: &Attention<'_, '_>,
         out: &mut TensorViewMut<'_>,
         lse: Option<&mut TensorViewMut<'_>>,
     ) -> Result<()> {
-        self.launch(call, out, lse, None)
-    }
-
-    /// What can be made before a launch; `None` where nothing can.
-    pub(crate) fn ready(
-        &self,
-        call: &Attention<'_>,
-        out: &TensorViewMut<'_>,
-        lse: Option<&TensorViewMut<'_>>,
-    ) -> Result<Option<Ready>> {
-        let (geometry, addresses) = self.geometry(call, out, lse)?;
-        match (&self.backend, &geometry.plan) {
-            (Backend::Device(device), Some(plan)) => {
-                Ok(Some(Ready { plan: plan.clone(), params: plan.prepare(&device.context, &addresses)? }))
-            }
-            _ => Ok(None),
-        }
-    }
-
-    /// Runs a call, with what [`Runtime::ready`] made for it, if it did.
-    pub(crate) fn launch(
-        &self,
-        call: &Attention<'_>,
-        out: &mut TensorViewMut<'_>,
-        lse: Option<&mut TensorViewMut<'_>>,
-        ready: Option<&mut Ready>,
-    ) -> Result<()> {
-        let device = match (&self.backend, ready) {
-            (Backend::Device(device), Some(Ready { plan, params })) => {
-                let stream = call.stream.unwrap_or(&device.stream).handle();
-                let work = || plan.launch_prepared(&device.context, stream, params);
-                return device.enqueue(call, out, lse, work);
-            }
-            (Backend::Device(device), None) => Some(device),
-            (Backend::Cpu, _) => None,
-        };
         let (geometry, addresses) = self.geometry(call, out, lse.as_deref())?;
-        match (device, &geometry.plan) {
-            (Some(device), Some(plan)) => {
-                log::info!("{} runs {}", geometry.checked.problem, plan.variant());
-                let stream = call.stream.unwrap_or(&device.stream).handle();
-                device.enqueue(call, out, lse, || plan.launch(&device.context, stream, &addresses))?;
-            }
-            (Some(_), None) => {}
-            (None, _) => {
-                log::info!("{} runs cpu", geometry.checked.problem);
-                run_on_cpu(&geometry.checked.problem, call, out, lse)?;
-            }
+        let mut placed = geometry.take_arguments();
+        // Where they are already has passed.
+        if !placed.is_at(&addresses) {
+            geometry.settled.checked.check_addresses(&addresses)?;
         }
-        recent::ran(&geometry);
+        self.make(&geometry.settled, call.stream, &call.operands, out, lse, &addresses, &mut placed)?;
+        geometry.give_back(placed);
         Ok(())
     }
 
-    pub(crate) fn launch_alone(&self, call: &Attention<'_>, ready: &mut Ready) -> Result<()> {
-        let device = self.device_runtime()?;
-        let stream = call.stream.unwrap_or(&device.stream).handle();
-        ready.plan.launch_prepared(&device.context, stream, &mut ready.params)
+    /// Everything that can be made before a launch.
+    pub(crate) fn prepare(
+        &self,
+        call: &Attention<'_, '_>,
+        out: &TensorViewMut<'_>,
+        lse: Option<&TensorViewMut<'_>>,
+    ) -> Result<(Arc<Settled>, Addresses, Placed)> {
+        let (geometry, addresses) = self.geometry(call, out, lse)?;
+        let settled = geometry.settled.clone();
+        settled.checked.check_addresses(&addresses)?;
+        let placed = match (&self.backend, &settled.plan) {
+            (Backend::Device(device), Some(plan)) => plan.place(&device.context, &addresses)?,
+            _ => Placed::default(),
+        };
+        Ok((settled, addresses, placed))
     }
 
-    /// Everything about a call that its addresses do not change, and the addresses, checked.
+    /// Makes a call that has passed all checks, with arguments of its plan.
+    #[inline]
+    #[expect(clippy::too_many_arguments, reason = "the parts of a call, which two types own")]
+    pub(crate) fn make(
+        &self,
+        settled: &Arc<Settled>,
+        stream: Option<&Stream>,
+        operands: &Operands<'_>,
+        out: &mut TensorViewMut<'_>,
+        lse: Option<&mut TensorViewMut<'_>>,
+        addresses: &Addresses,
+        placed: &mut Placed,
+    ) -> Result<()> {
+        match (&self.backend, &settled.plan) {
+            (Backend::Device(device), Some(plan)) => {
+                settled.announce();
+                let stream = stream.unwrap_or(&device.stream);
+                let work = || plan.launch(&device.context, stream.handle(), placed, addresses);
+                device.enqueue(stream, operands, out, lse, work)?;
+            }
+            (Backend::Device(_), None) => {}
+            (Backend::Cpu, _) => {
+                settled.announce();
+                run_on_cpu(&settled.checked.problem, operands, out, lse)?;
+            }
+        }
+        recent::ran(settled);
+        Ok(())
+    }
+
+    pub(crate) fn launch_alone(
+        &self,
+        settled: &Settled,
+        stream: Option<&Stream>,
+        addresses: &Addresses,
+        placed: &mut Placed,
+    ) -> Result<()> {
+        let device = self.device_runtime()?;
+        let stream = stream.unwrap_or(&device.stream).handle();
+        settled.plan.as_ref().map_or(Ok(()), |plan| plan.launch(&device.context, stream, placed, addresses))
+    }
+
+    /// Everything about a call that its addresses do not change, and the addresses, not all of them checked.
     fn geometry(
         &self,
-        call: &Attention<'_>,
+        call: &Attention<'_, '_>,
         out: &TensorViewMut<'_>,
         lse: Option<&TensorViewMut<'_>>,
     ) -> Result<(Rc<Geometry>, Addresses)> {
-        let addresses = Addresses::of(&call.operands(), out, lse);
+        let addresses = Addresses::of(&call.operands, out, lse);
         let align = BaseAlign::of([addresses.q, addresses.k, addresses.v, addresses.out]);
         let runtime = match &self.backend {
             Backend::Device(device) => device.number,
@@ -354,16 +356,15 @@ impl Runtime {
         };
         let key = Key { runtime, call, out, lse, align };
         if let Some(geometry) = recent::find(&key) {
-            geometry.checked.check_addresses(&addresses)?;
-            self.check_stream(call)?;
+            self.check_stream(call.stream)?;
             return Ok((geometry, addresses));
         }
-        let checked = Checked::new(&call.operands(), &call.options, out, lse)?;
+        let checked = Checked::new(&call.operands, &call.options, out, lse)?;
         if checked.device != self.device() {
             let given = format!("a tensor on {}", checked.device);
             return Err(Error::invalid("query", given, format!("the runtime's device, {}", self.device())));
         }
-        self.check_stream(call)?;
+        self.check_stream(call.stream)?;
         let plan = match &self.backend {
             Backend::Device(device) if !checked.problem.is_empty() => {
                 Some(device.plan(&checked.problem, align, call.pin)?)
@@ -375,8 +376,9 @@ impl Runtime {
         Ok((geometry, addresses))
     }
 
-    fn check_stream(&self, call: &Attention<'_>) -> Result<()> {
-        match (&self.backend, call.stream) {
+    #[inline]
+    pub(crate) fn check_stream(&self, stream: Option<&Stream>) -> Result<()> {
+        match (&self.backend, stream) {
             (_, None) => Ok(()),
             (Backend::Cpu, Some(_)) => {
                 Err(Error::invalid("stream", "a CUDA stream", "none: the CPU backend runs the call at once"))
@@ -390,12 +392,13 @@ impl Runtime {
         }
     }
 
-    pub(crate) fn explain(&self, call: &Attention<'_>) -> Result<Explanation> {
-        let [batch, heads, seq, _] = call.query.layout().shape;
-        let shape = [batch, heads, seq, call.value.layout().shape[3]];
-        let out = Layout::contiguous("out", call.query.layout().dtype, &shape)?;
-        let problem = crate::attention::check::problem(&call.operands(), &call.options, &out, false)?;
-        let align = BaseAlign::of([call.query.address(), call.key.address(), call.value.address(), 0]);
+    pub(crate) fn explain(&self, call: &Attention<'_, '_>) -> Result<Explanation> {
+        let Operands { query, key, value, .. } = &call.operands;
+        let [batch, heads, seq, _] = query.layout().shape;
+        let shape = [batch, heads, seq, value.layout().shape[3]];
+        let out = Layout::contiguous("out", query.layout().dtype, &shape)?;
+        let problem = crate::attention::check::problem(&call.operands, &call.options, &out, false)?;
+        let align = BaseAlign::of([query.address(), key.address(), value.address(), 0]);
         Ok(match &self.backend {
             Backend::Device(device) => explain(device.bundle.manifest(), &problem, align, call.pin),
             Backend::Cpu => Explanation {
@@ -420,32 +423,62 @@ impl Runtime {
     }
 }
 
-impl<'a> Attention<'a> {
-    fn operands(&self) -> Operands<'_> {
-        Operands { query: &self.query, key: &self.key, value: &self.value, attn_mask: self.attn_mask.as_ref() }
-    }
+/// The most tensors that a call has.
+const MAX_TENSORS: usize = 6;
 
-    /// Whose memory the inputs are.
-    fn owners(&self) -> impl Iterator<Item = Owner<'a>> {
-        [Some(self.query), Some(self.key), Some(self.value), self.attn_mask]
-            .into_iter()
-            .flatten()
-            .filter_map(|view| view.owner())
-    }
+/// The owned buffers of a call; `None` when some of its memory is on loan.
+#[inline]
+fn buffers<'b>(
+    operands: &Operands<'b>,
+    out: &'b TensorViewMut<'_>,
+    lse: Option<&'b TensorViewMut<'_>>,
+) -> Option<[Option<&'b Arc<BufferInner>>; MAX_TENSORS]> {
+    let input = |view: Option<&TensorView<'b>>| match view.and_then(TensorView::owner) {
+        Some(Owner::Lender(_)) => None,
+        Some(Owner::Buffer(buffer)) => Some(Some(buffer.inner())),
+        None => Some(None),
+    };
+    let output = |view: Option<&'b TensorViewMut<'_>>| match view.and_then(TensorViewMut::owner) {
+        Some(OwnerMut::Lender(_)) => None,
+        Some(OwnerMut::Buffer(buffer)) => Some(Some(buffer.inner())),
+        None => Some(None),
+    };
+    let Operands { query, key, value, attn_mask } = operands;
+    let inputs = (input(Some(query))?, input(Some(key))?, input(Some(value))?, input(attn_mask.as_ref())?);
+    Some([inputs.0, inputs.1, inputs.2, inputs.3, output(Some(out))?, output(lse)?])
 }
 
 impl DeviceRuntime {
-    /// Queues `work` on the call's stream, in order with other uses of its memory.
+    /// Queues `work` on a stream, in order with other uses of a call's memory.
+    #[inline]
     fn enqueue(
         &self,
-        call: &Attention<'_>,
+        stream: &Stream,
+        operands: &Operands<'_>,
+        out: &mut TensorViewMut<'_>,
+        lse: Option<&mut TensorViewMut<'_>>,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        match buffers(operands, out, lse.as_deref()) {
+            Some(buffers) => enqueue(stream, buffers.iter().flatten().copied(), &[], Captured::Allowed, work),
+            None => self.enqueue_with_loans(stream, operands, out, lse, work),
+        }
+    }
+
+    /// [`DeviceRuntime::enqueue`] of a call some of whose memory is another library's.
+    fn enqueue_with_loans(
+        &self,
+        stream: &Stream,
+        operands: &Operands<'_>,
         out: &mut TensorViewMut<'_>,
         lse: Option<&mut TensorViewMut<'_>>,
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let mut buffers = Few::new();
         let mut loans = Few::new();
-        for owner in call.owners() {
+        let Operands { query, key, value, attn_mask } = operands;
+        let inputs = [Some(query), Some(key), Some(value), attn_mask.as_ref()];
+        for owner in inputs.into_iter().flatten().filter_map(TensorView::owner) {
             match owner {
                 Owner::Buffer(buffer) => buffers.push(buffer.inner()),
                 Owner::Lender(lender) => loans.push(lender.lend()),
@@ -458,7 +491,7 @@ impl DeviceRuntime {
             }
         }
         let lenders = Loan::homes(&loans, &self.context)?;
-        enqueue(call.stream.unwrap_or(&self.stream), &mut buffers, &lenders, Captured::Allowed, work)
+        enqueue(stream, buffers.iter().copied(), &lenders, Captured::Allowed, work)
     }
 
     fn plan(&self, problem: &Problem, align: BaseAlign, pin: Option<u32>) -> Result<Arc<Plan>> {
@@ -541,20 +574,19 @@ fn check_abi(context: &DeviceContext, function: FunctionHandle, variant: &Varian
 
 fn run_on_cpu(
     problem: &Problem,
-    call: &Attention<'_>,
+    operands: &Operands<'_>,
     out: &mut TensorViewMut<'_>,
     lse: Option<&mut TensorViewMut<'_>>,
 ) -> Result<()> {
     // The devices were compared in the checks, so every view is a host view.
-    let (Some(query), Some(key), Some(value)) = (call.query.host(), call.key.host(), call.value.host()) else {
-        return Ok(());
-    };
+    let Operands { query, key, value, attn_mask } = operands;
+    let (Some(query), Some(key), Some(value)) = (query.host(), key.host(), value.host()) else { return Ok(()) };
     let StorageMut::Host(out) = &mut out.storage else { return Ok(()) };
     let lse = match lse.map(|lse| &mut lse.storage) {
         Some(StorageMut::Host(HostMut::F32(lse))) => Some(&mut **lse),
         _ => None,
     };
-    let inputs = cpu::HostInputs { query, key, value, attn_mask: call.attn_mask.and_then(|mask| mask.host()) };
+    let inputs = cpu::HostInputs { query, key, value, attn_mask: attn_mask.and_then(|mask| mask.host()) };
     cpu::attention(problem, inputs, out.reborrow(), lse);
     Ok(())
 }

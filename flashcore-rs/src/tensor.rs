@@ -39,41 +39,18 @@ impl Layout {
     /// # Errors
     /// [`Error::InvalidArgument`] when the rank is not 4, a stride is negative, or an offset inside the tensor does not
     /// fit 64 bits.
+    #[inline]
     pub fn new(argument: &'static str, dtype: DType, shape: &[usize], strides: &[i64]) -> Result<Self> {
-        let (Ok(shape), Ok(strides)) = (<[usize; 4]>::try_from(shape), <[i64; 4]>::try_from(strides)) else {
-            return Err(Error::invalid(
-                argument,
-                format!("shape {shape:?} with {} strides", strides.len()),
-                "4 dimensions: (batch, heads, seq, head_dim)",
-            ));
-        };
-        if strides.iter().any(|&s| s < 0) {
-            return Err(Error::invalid(argument, format!("strides {strides:?}"), "strides >= 0"));
-        }
-        let layout = Self { dtype, shape, strides };
-        match layout.checked_extent() {
-            Some(_) => Ok(layout),
-            None => Err(Error::invalid(
-                argument,
-                format!("shape {shape:?} with strides {strides:?}"),
-                "sizes below 2^31 and a total extent below 2^63 bytes",
-            )),
-        }
+        Sized::new(argument, dtype, shape, strides).map(|sized| sized.layout)
     }
 
     /// The row-major layout of a shape.
     ///
     /// # Errors
     /// As [`Layout::new`].
+    #[inline]
     pub fn contiguous(argument: &'static str, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let mut strides = [1i64; 4];
-        if let Ok(shape) = <&[usize; 4]>::try_from(shape) {
-            for i in (1..4).rev() {
-                let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
-                strides[i - 1] = strides[i].saturating_mul(size);
-            }
-        }
-        Self::new(argument, dtype, shape, &strides[..shape.len().min(4)])
+        Sized::contiguous(argument, dtype, shape).map(|sized| sized.layout)
     }
 
     /// Number of elements, those that zero strides repeat counted each time; saturates.
@@ -91,14 +68,24 @@ impl Layout {
         self.checked_extent().unwrap_or(usize::MAX)
     }
 
+    /// [`Layout::checked_extent`] of what most tensors are; `None` of anything else.
+    #[inline]
+    fn small_extent(&self) -> Option<usize> {
+        let [batch, heads, seq, dim] = self.shape;
+        let last = self.shape.map(|size| size.wrapping_sub(1));
+        let sizes = batch | heads | seq | dim | last[0] | last[1] | last[2] | last[3];
+        let strides = self.strides[0] | self.strides[1] | self.strides[2] | self.strides[3];
+        // Sizes from 1 to below 2^31 and strides below 2^26 of up to 8 bytes cannot overflow.
+        if sizes >> 31 != 0 || strides >> 26 != 0 {
+            return None;
+        }
+        let steps = |dim: usize| last[dim] * self.strides[dim] as usize;
+        Some(1 + steps(0) + steps(1) + steps(2) + steps(3))
+    }
+
     fn checked_extent(&self) -> Option<usize> {
-        // Sizes below 2^31 and strides below 2^26 of up to 8 bytes cannot overflow, and are what most tensors have.
-        let small = self.shape.iter().fold(0, |bits, &size| bits | size) >> 31 == 0
-            && self.strides.iter().fold(0, |bits, &stride| bits | stride) >> 26 == 0;
-        if small {
-            let last = |(&size, &stride): (&usize, &i64)| size.wrapping_sub(1).wrapping_mul(stride as usize);
-            let last: usize = self.shape.iter().zip(&self.strides).map(last).fold(1, usize::wrapping_add);
-            return Some(if self.is_empty() { 0 } else { last });
+        if let Some(extent) = self.small_extent() {
+            return Some(extent);
         }
         if self.shape.iter().any(|&size| size > i32::MAX as usize) {
             return None;
@@ -132,6 +119,93 @@ impl Layout {
             inner = stride.saturating_mul(size as i64);
         }
         false
+    }
+}
+
+/// A layout, and how many elements it spans: [`Layout::extent`], which to work out twice for every view of a call would be
+/// a good part of the call.
+struct Sized {
+    layout: Layout,
+    extent: usize,
+}
+
+impl Sized {
+    /// See [`Layout::new`].
+    #[inline]
+    fn new(argument: &'static str, dtype: DType, shape: &[usize], strides: &[i64]) -> Result<Self> {
+        if let (Ok(&shape), Ok(&strides)) = (<&[usize; 4]>::try_from(shape), <&[i64; 4]>::try_from(strides)) {
+            let layout = Layout { dtype, shape, strides };
+            if let Some(extent) = layout.small_extent() {
+                return Ok(Self { layout, extent });
+            }
+        }
+        Self::unusual(argument, dtype, shape, strides)
+    }
+
+    /// A layout that is large, or none.
+    #[cold]
+    fn unusual(argument: &'static str, dtype: DType, shape: &[usize], strides: &[i64]) -> Result<Self> {
+        let (Ok(shape), Ok(strides)) = (<[usize; 4]>::try_from(shape), <[i64; 4]>::try_from(strides)) else {
+            return Err(Error::invalid(
+                argument,
+                format!("shape {shape:?} with {} strides", strides.len()),
+                "4 dimensions: (batch, heads, seq, head_dim)",
+            ));
+        };
+        if strides.iter().any(|&s| s < 0) {
+            return Err(Error::invalid(argument, format!("strides {strides:?}"), "strides >= 0"));
+        }
+        let layout = Layout { dtype, shape, strides };
+        match layout.checked_extent() {
+            Some(extent) => Ok(Self { layout, extent }),
+            None => Err(Error::invalid(
+                argument,
+                format!("shape {shape:?} with strides {strides:?}"),
+                "sizes below 2^31 and a total extent below 2^63 bytes",
+            )),
+        }
+    }
+
+    /// See [`Layout::contiguous`].
+    #[inline]
+    fn contiguous(argument: &'static str, dtype: DType, shape: &[usize]) -> Result<Self> {
+        if let Ok(&shape) = <&[usize; 4]>::try_from(shape) {
+            let [batch, heads, seq, dim] = shape;
+            // The product of four sizes below 2^15 and 8 bytes cannot overflow.
+            if (batch | heads | seq | dim) >> 15 == 0 && dim != 0 && seq != 0 && heads != 0 {
+                let (inner, outer) = (seq * dim, heads * seq * dim);
+                let strides = [outer as i64, inner as i64, dim as i64, 1];
+                return Ok(Self { layout: Layout { dtype, shape, strides }, extent: batch * outer });
+            }
+        }
+        let mut strides = [1i64; 4];
+        if let Ok(shape) = <&[usize; 4]>::try_from(shape) {
+            for i in (1..4).rev() {
+                let size = i64::try_from(shape[i].max(1)).unwrap_or(i64::MAX);
+                strides[i - 1] = strides[i].saturating_mul(size);
+            }
+        }
+        Self::unusual(argument, dtype, shape, &strides[..shape.len().min(4)])
+    }
+
+    /// See [`offset_in`].
+    #[inline]
+    fn offset_in(&self, bytes: usize, offset: usize) -> Result<u64> {
+        let size = self.layout.dtype.size();
+        let needed = self.extent.checked_add(offset).and_then(|n| n.checked_mul(size));
+        match needed {
+            Some(needed) if needed <= bytes => Ok((offset * size) as u64),
+            _ => Err(self.outside(bytes, offset)),
+        }
+    }
+
+    #[cold]
+    fn outside(&self, bytes: usize, offset: usize) -> Error {
+        let Layout { shape, strides, dtype } = self.layout;
+        let given = format!(
+            "shape {shape:?}, strides {strides:?} of {dtype} from element {offset} over a buffer of {bytes} bytes"
+        );
+        Error::invalid("tensor", given, "a view inside the buffer")
     }
 }
 
@@ -253,8 +327,9 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] when the shape is not rank 4 or needs more bytes than the buffer has.
+    #[inline]
     pub fn from_buffer(buffer: &'a DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        Self::of_buffer(buffer, Layout::contiguous("tensor", dtype, shape)?, 0)
+        Self::of_buffer(buffer, Sized::contiguous("tensor", dtype, shape)?, 0)
     }
 
     /// A strided view of a device buffer that starts `offset` elements in.
@@ -268,11 +343,13 @@ impl<'a> TensorView<'a> {
         strides: &[i64],
         offset: usize,
     ) -> Result<Self> {
-        Self::of_buffer(buffer, Layout::new("tensor", dtype, shape, strides)?, offset)
+        Self::of_buffer(buffer, Sized::new("tensor", dtype, shape, strides)?, offset)
     }
 
-    fn of_buffer(buffer: &'a DeviceBuffer, layout: Layout, offset: usize) -> Result<Self> {
-        let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
+    #[inline]
+    fn of_buffer(buffer: &'a DeviceBuffer, sized: Sized, offset: usize) -> Result<Self> {
+        let address = buffer.address() + sized.offset_in(buffer.len(), offset)?;
+        let layout = sized.layout;
         let ordinal = buffer.ordinal();
         let storage = Storage::Device { address, ordinal, owner: Some(Owner::Buffer(buffer)) };
         Ok(Self { layout, storage })
@@ -284,11 +361,16 @@ impl<'a> TensorView<'a> {
     /// As [`Layout::new`].
     ///
     /// # Safety
-    /// For the life of the view and until every operation that was given it, and every launch of a graph that captured
-    /// one, has finished on its stream: `address` is valid for reads of `layout.extent()` elements on `device`, is aligned to the element size, and nothing
-    /// writes there except in stream order before or after those operations. Host memory must be initialised and must
-    /// not be written at all during `'a`.
+    /// On a device: whenever an operation that was given the view runs (a call, each launch of a
+    /// [`PreparedCall`](crate::PreparedCall) or of a graph that captured one), and until it has finished on its stream,
+    /// `address` is valid for reads of as many elements as the layout spans ([`Layout::extent`]), and nothing writes
+    /// there except in stream order before or after the operation. Between operations the view is a number that nothing
+    /// looks behind: the memory need not be there, whatever `'a` is.
+    ///
+    /// On the host: during all of `'a` the memory is valid for reads of as many elements, aligned to them, initialised,
+    /// and not written.
     #[expect(unsafe_code, reason = "the one door for foreign memory")]
+    #[inline]
     pub unsafe fn from_raw(
         device: Device,
         address: u64,
@@ -307,11 +389,13 @@ impl<'a> TensorView<'a> {
     }
 
     /// Shape, strides and element type.
+    #[inline]
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
     /// Where the memory is.
+    #[inline]
     pub fn device(&self) -> Device {
         match self.storage {
             Storage::Host(_) => Device::Cpu,
@@ -319,6 +403,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    #[inline]
     pub(crate) fn address(&self) -> u64 {
         match &self.storage {
             Storage::Host(host) => host.address(),
@@ -333,6 +418,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    #[inline]
     pub(crate) fn owner(&self) -> Option<Owner<'a>> {
         match self.storage {
             Storage::Device { owner, .. } => owner,
@@ -368,8 +454,9 @@ impl<'a> TensorViewMut<'a> {
     ///
     /// # Errors
     /// As [`TensorView::from_buffer`].
+    #[inline]
     pub fn from_buffer(buffer: &'a mut DeviceBuffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        Self::of_buffer(buffer, Layout::contiguous("out", dtype, shape)?, 0)
+        Self::of_buffer(buffer, Sized::contiguous("out", dtype, shape)?, 0)
     }
 
     /// A strided, writable view of a device buffer that starts `offset` elements in.
@@ -383,11 +470,13 @@ impl<'a> TensorViewMut<'a> {
         strides: &[i64],
         offset: usize,
     ) -> Result<Self> {
-        Self::of_buffer(buffer, Layout::new("out", dtype, shape, strides)?, offset)
+        Self::of_buffer(buffer, Sized::new("out", dtype, shape, strides)?, offset)
     }
 
-    fn of_buffer(buffer: &'a mut DeviceBuffer, layout: Layout, offset: usize) -> Result<Self> {
-        let address = buffer.address() + offset_in(buffer.len(), &layout, offset)?;
+    #[inline]
+    fn of_buffer(buffer: &'a mut DeviceBuffer, sized: Sized, offset: usize) -> Result<Self> {
+        let address = buffer.address() + sized.offset_in(buffer.len(), offset)?;
+        let layout = sized.layout;
         let ordinal = buffer.ordinal();
         let storage = StorageMut::Device { address, ordinal, owner: Some(OwnerMut::Buffer(buffer)) };
         Ok(Self { layout, storage })
@@ -399,9 +488,10 @@ impl<'a> TensorViewMut<'a> {
     /// As [`Layout::new`].
     ///
     /// # Safety
-    /// As [`TensorView::from_raw`], for reads and writes, and nothing else may access the memory in between: on the
-    /// host during `'a`, on a device except in stream order before or after the operations that were given the view.
+    /// As [`TensorView::from_raw`], for reads and writes, and nothing else accesses the memory: on the host during `'a`,
+    /// on a device while an operation that was given the view runs, except in stream order before or after it.
     #[expect(unsafe_code, reason = "the one door for foreign memory")]
+    #[inline]
     pub unsafe fn from_raw(
         device: Device,
         address: u64,
@@ -420,11 +510,13 @@ impl<'a> TensorViewMut<'a> {
     }
 
     /// Shape, strides and element type.
+    #[inline]
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
     /// Where the memory is.
+    #[inline]
     pub fn device(&self) -> Device {
         match self.storage {
             StorageMut::Host(_) => Device::Cpu,
@@ -432,10 +524,19 @@ impl<'a> TensorViewMut<'a> {
         }
     }
 
+    #[inline]
     pub(crate) fn address(&self) -> u64 {
         match &self.storage {
             StorageMut::Host(host) => host.address(),
             StorageMut::Device { address, .. } => *address,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn owner(&self) -> Option<&OwnerMut<'a>> {
+        match &self.storage {
+            StorageMut::Device { owner, .. } => owner.as_ref(),
+            StorageMut::Host(_) => None,
         }
     }
 
@@ -462,19 +563,7 @@ fn check_fits(layout: &Layout, len: usize) -> Result<()> {
 
 /// Bytes before the element at `offset`, if a view from there lies inside `bytes` of memory.
 pub(crate) fn offset_in(bytes: usize, layout: &Layout, offset: usize) -> Result<u64> {
-    let size = layout.dtype.size();
-    let needed = layout.extent().checked_add(offset).and_then(|n| n.checked_mul(size));
-    match needed {
-        Some(needed) if needed <= bytes => Ok((offset * size) as u64),
-        _ => Err(Error::invalid(
-            "tensor",
-            format!(
-                "shape {:?}, strides {:?} of {} from element {offset} over a buffer of {bytes} bytes",
-                layout.shape, layout.strides, layout.dtype,
-            ),
-            "a view inside the buffer",
-        )),
-    }
+    Sized { layout: *layout, extent: layout.extent() }.offset_in(bytes, offset)
 }
 
 /// Slices from raw parts, for `from_raw` alone.

@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::runtime::Runtime;
 use crate::tensor::{TensorView, TensorViewMut};
 
-pub(crate) use self::check::{Checked, restate};
+pub(crate) use self::check::{Checked, Operands, restate};
 pub(crate) use self::select::{BaseAlign, choose, explain};
 #[cfg(feature = "validate")]
 pub(crate) use self::{check::band, problem::visible_pairs, select::capable};
@@ -50,41 +50,42 @@ pub struct AttentionOptions {
 /// One attention call being put together: `out = softmax(scale * query key^T + mask) value`.
 ///
 /// Tensors are `(batch, heads, seq, head_dim)` views with any batch, head and seq strides; the last dimension is
-/// contiguous. Made by [`Runtime::attention`].
+/// contiguous. Made by [`Runtime::attention`]; borrows the runtime and the stream for `'r`, the tensors for `'a`.
 #[derive(Debug)]
 #[must_use = "nothing happens until `run`"]
-pub struct Attention<'a> {
-    pub(crate) runtime: &'a Runtime,
-    pub(crate) query: TensorView<'a>,
-    pub(crate) key: TensorView<'a>,
-    pub(crate) value: TensorView<'a>,
-    pub(crate) attn_mask: Option<TensorView<'a>>,
+pub struct Attention<'r, 'a> {
+    pub(crate) runtime: &'r Runtime,
+    pub(crate) operands: Operands<'a>,
     pub(crate) options: AttentionOptions,
-    pub(crate) stream: Option<&'a Stream>,
+    pub(crate) stream: Option<&'r Stream>,
     /// The only variant that may run, by its index in the runtime's manifest.
     pub(crate) pin: Option<u32>,
 }
 
-impl<'a> Attention<'a> {
+impl<'r, 'a> Attention<'r, 'a> {
     /// Hides keys after the diagonal.
+    #[inline]
     pub fn causal(mut self, causal: bool) -> Self {
         self.options.causal = causal;
         self
     }
 
     /// Chooses the diagonal that causal and windows refer to.
+    #[inline]
     pub fn causal_align(mut self, align: CausalAlign) -> Self {
         self.options.causal_align = align;
         self
     }
 
     /// Limits how far a query looks either side of its diagonal.
+    #[inline]
     pub fn window(mut self, window: Window) -> Self {
         self.options.window = Some(window);
         self
     }
 
     /// Sets the softmax scale; any finite value, 0 and negative ones included.
+    #[inline]
     pub fn scale(mut self, scale: f32) -> Self {
         self.options.scale = Some(scale);
         self
@@ -92,13 +93,15 @@ impl<'a> Attention<'a> {
 
     /// Adds a mask, `(batch or 1, num_heads_q or 1, seq_len_q or 1, seq_len_k or 1)`: bool (non-zero = visible), or
     /// additive in the query's type or f32.
+    #[inline]
     pub fn attn_mask(mut self, mask: TensorView<'a>) -> Self {
-        self.attn_mask = Some(mask);
+        self.operands.attn_mask = Some(mask);
         self
     }
 
     /// Queues the work on this stream instead of the runtime's own.
-    pub fn on(mut self, stream: &'a Stream) -> Self {
+    #[inline]
+    pub fn on(mut self, stream: &'r Stream) -> Self {
         self.stream = Some(stream);
         self
     }
@@ -117,6 +120,7 @@ impl<'a> Attention<'a> {
     }
 
     /// Replaces all options at once.
+    #[inline]
     pub fn options(mut self, options: AttentionOptions) -> Self {
         self.options = options;
         self
@@ -130,6 +134,7 @@ impl<'a> Attention<'a> {
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a malformed call,
     /// [`Error::Unsupported`](crate::Error::Unsupported) when no kernel answers it, or a driver failure. Nothing is
     /// written on a refusal.
+    #[inline]
     pub fn run(self, out: &mut TensorViewMut<'_>) -> Result<()> {
         self.runtime.run(&self, out, None)
     }
@@ -139,17 +144,18 @@ impl<'a> Attention<'a> {
     ///
     /// # Errors
     /// As [`Attention::run`].
+    #[inline]
     pub fn run_with_lse(self, out: &mut TensorViewMut<'_>, lse: &mut TensorViewMut<'_>) -> Result<()> {
         self.runtime.run(&self, out, Some(lse))
     }
 
     /// Makes everything that can be made before a launch: checks, the choice of a kernel, its arguments. For a call that
-    /// is made many times with the same tensors.
+    /// is made many times with the same tensors. What comes of it borrows the tensors alone.
     ///
     /// # Errors
     /// As [`Attention::run`].
     pub fn prepare(self, out: TensorViewMut<'a>) -> Result<PreparedCall<'a>> {
-        PreparedCall::new(self, out, None)
+        PreparedCall::new(&self, out, None)
     }
 
     /// As [`Attention::prepare`], for a call that writes the log-sum-exp too.
@@ -157,7 +163,7 @@ impl<'a> Attention<'a> {
     /// # Errors
     /// As [`Attention::run`].
     pub fn prepare_with_lse(self, out: TensorViewMut<'a>, lse: TensorViewMut<'a>) -> Result<PreparedCall<'a>> {
-        PreparedCall::new(self, out, Some(lse))
+        PreparedCall::new(&self, out, Some(lse))
     }
 
     /// Says which kernel would run for a contiguous output, and why not each of the others. Launches nothing.

@@ -19,6 +19,7 @@ pub(crate) struct Addresses {
 }
 
 impl Addresses {
+    #[inline]
     fn tensor(&self, tensor: Tensor) -> u64 {
         match tensor {
             Tensor::Q => self.q,
@@ -50,8 +51,31 @@ struct PlannedLaunch {
     /// Every parameter, with those that hold addresses still zero.
     params: ParamBlock,
     pointers: Vec<(usize, Quantity)>,
+    /// Parameters that point to scratch memory, and which.
+    workspace: Vec<(usize, usize)>,
     tensor_maps: Vec<(usize, Tensor, TensorMapSpec)>,
 }
+
+/// The arguments of a plan's launches, and the addresses that they hold. Arguments that are placed stay so: a launch with
+/// the same addresses takes them as they are.
+#[derive(Debug, Default)]
+pub(crate) struct Placed {
+    /// `None` when the arguments hold no call's addresses, or not all of one call's.
+    addresses: Option<Addresses>,
+    /// Of each launch.
+    params: Vec<ParamBlock>,
+}
+
+impl Placed {
+    /// Whether the arguments hold these addresses.
+    #[inline]
+    pub(crate) fn is_at(&self, addresses: &Addresses) -> bool {
+        self.addresses.as_ref() == Some(addresses)
+    }
+}
+
+/// Descriptors that a launch has to encode: the index of each parameter, and what it describes.
+type Maps = Few<(usize, TensorMapSpec)>;
 
 impl Plan {
     /// Binds `problem` to `variant`, whose launches' kernels are `functions`.
@@ -94,36 +118,66 @@ impl Plan {
         self.key_splits.try_into().unwrap_or(u32::MAX)
     }
 
-    /// Queues the launches. Scratch memory is stream-ordered and belongs to this call alone, so that calls on several
-    /// streams share nothing.
-    pub(crate) fn launch(&self, context: &DeviceContext, stream: StreamHandle, addresses: &Addresses) -> Result<()> {
-        self.with_workspace(context, stream, |workspace| {
-            self.launches.iter().try_for_each(|launch| launch.launch(context, stream, addresses, workspace))
-        })
+    /// The arguments of every launch, with no address in its place.
+    pub(crate) fn unplaced(&self) -> Placed {
+        Placed { addresses: None, params: self.launches.iter().map(|launch| launch.params.clone()).collect() }
     }
 
-    /// The arguments of every launch, with all but scratch memory in its place.
-    pub(crate) fn prepare(&self, context: &DeviceContext, addresses: &Addresses) -> Result<Vec<ParamBlock>> {
-        self.launches.iter().map(|launch| launch.prepare(context, addresses)).collect()
+    /// The arguments of every launch, with all addresses but those of scratch memory in their places.
+    pub(crate) fn place(&self, context: &DeviceContext, addresses: &Addresses) -> Result<Placed> {
+        let mut placed = self.unplaced();
+        for (launch, params) in self.launches.iter().zip(&mut placed.params) {
+            let mut maps = Maps::new();
+            launch.place(params, None, addresses, &mut maps);
+            for (index, spec) in &maps {
+                params.set(*index, &context.driver.encode_tensor_map(context.handle, spec)?.0);
+            }
+        }
+        placed.addresses = Some(*addresses);
+        Ok(placed)
     }
 
-    /// Queues the launches with what [`Plan::prepare`] gave.
-    pub(crate) fn launch_prepared(
+    /// Queues the launches with arguments of this plan, which hold `addresses` afterwards; after a failure they are
+    /// placed anew. Scratch memory is stream-ordered and belongs to this call alone, so that calls on several streams
+    /// share nothing.
+    #[inline]
+    pub(crate) fn launch(
         &self,
         context: &DeviceContext,
         stream: StreamHandle,
-        params: &mut [ParamBlock],
+        placed: &mut Placed,
+        addresses: &Addresses,
     ) -> Result<()> {
+        if placed.is_at(addresses) {
+            return self.with_workspace(context, stream, |workspace| {
+                let mut launches = self.launches.iter().zip(&mut placed.params);
+                launches.try_for_each(|(launch, params)| launch.queue(context, stream, params, workspace, &[]))
+            });
+        }
+        let earlier = placed.addresses.take();
         self.with_workspace(context, stream, |workspace| {
-            let mut launches = self.launches.iter().zip(params);
+            let mut launches = self.launches.iter().zip(&mut placed.params);
             launches.try_for_each(|(launch, params)| {
-                launch.place_workspace(params, workspace);
-                launch.queue(context, stream, params, &[])
+                let mut maps = Maps::new();
+                launch.place(params, earlier.as_ref(), addresses, &mut maps);
+                launch.queue(context, stream, params, workspace, &maps)
             })
-        })
+        })?;
+        placed.addresses = Some(*addresses);
+        Ok(())
     }
 
+    #[inline]
     fn with_workspace(
+        &self,
+        context: &DeviceContext,
+        stream: StreamHandle,
+        work: impl FnOnce(&[u64]) -> Result<()>,
+    ) -> Result<()> {
+        if self.workspace.is_empty() { work(&[]) } else { self.with_scratch_memory(context, stream, work) }
+    }
+
+    fn with_scratch_memory(
         &self,
         context: &DeviceContext,
         stream: StreamHandle,
@@ -152,6 +206,7 @@ impl PlannedLaunch {
             shared_bytes: launch.shared_bytes,
             params: ParamBlock::default(),
             pointers: Vec::new(),
+            workspace: Vec::new(),
             tensor_maps: Vec::new(),
         };
         for param in &launch.params {
@@ -171,6 +226,7 @@ impl PlannedLaunch {
         };
         let index = index.ok_or_else(|| Error::invalid("kernel", "too many parameters", "2 KiB of parameters"))?;
         match param {
+            Param::Ptr { value: Quantity::Workspace(which) } => self.workspace.push((index, *which)),
             Param::Ptr { value } => self.pointers.push((index, *value)),
             Param::TensorMap { value: Quantity::Address(tensor), box_dims, swizzle } => {
                 let spec = tensor_map(&values.layout(*tensor), *box_dims, *swizzle);
@@ -181,35 +237,8 @@ impl PlannedLaunch {
         Ok(())
     }
 
-    fn launch(
-        &self,
-        context: &DeviceContext,
-        stream: StreamHandle,
-        addresses: &Addresses,
-        workspace: &[u64],
-    ) -> Result<()> {
-        let mut params = self.params.clone();
-        self.place(&mut params, addresses);
-        self.place_workspace(&mut params, workspace);
-        let maps: Few<_> = self.maps(addresses).collect();
-        self.queue(context, stream, &mut params, &maps)
-    }
-
-    fn prepare(&self, context: &DeviceContext, addresses: &Addresses) -> Result<ParamBlock> {
-        let mut params = self.params.clone();
-        self.place(&mut params, addresses);
-        for (index, spec) in self.maps(addresses) {
-            params.set(index, &context.driver.encode_tensor_map(context.handle, &spec)?.0);
-        }
-        Ok(params)
-    }
-
-    fn maps(&self, addresses: &Addresses) -> impl Iterator<Item = (usize, TensorMapSpec)> {
-        let at = |spec: &TensorMapSpec, address| TensorMapSpec { address, ..*spec };
-        self.tensor_maps.iter().map(move |(index, tensor, spec)| (*index, at(spec, addresses.tensor(*tensor))))
-    }
-
-    fn place(&self, params: &mut ParamBlock, addresses: &Addresses) {
+    /// Puts addresses where `earlier` ones are, or none, and says which descriptors that changes.
+    fn place(&self, params: &mut ParamBlock, earlier: Option<&Addresses>, addresses: &Addresses, maps: &mut Maps) {
         for &(index, quantity) in &self.pointers {
             let address = match quantity {
                 Quantity::Address(tensor) => addresses.tensor(tensor),
@@ -219,23 +248,26 @@ impl PlannedLaunch {
             };
             params.set(index, &address.to_ne_bytes());
         }
-    }
-
-    fn place_workspace(&self, params: &mut ParamBlock, workspace: &[u64]) {
-        for &(index, quantity) in &self.pointers {
-            if let Quantity::Workspace(which) = quantity {
-                params.set(index, &workspace.get(which).copied().unwrap_or_default().to_ne_bytes());
+        for (index, tensor, spec) in &self.tensor_maps {
+            let address = addresses.tensor(*tensor);
+            if earlier.is_none_or(|earlier| earlier.tensor(*tensor) != address) {
+                maps.push((*index, TensorMapSpec { address, ..*spec }));
             }
         }
     }
 
+    #[inline]
     fn queue(
         &self,
         context: &DeviceContext,
         stream: StreamHandle,
         params: &mut ParamBlock,
+        workspace: &[u64],
         tensor_maps: &[(usize, TensorMapSpec)],
     ) -> Result<()> {
+        for &(index, which) in &self.workspace {
+            params.set(index, &workspace.get(which).copied().unwrap_or_default().to_ne_bytes());
+        }
         let &Self { function, grid, block_threads, cluster, shared_bytes, .. } = self;
         let mut request =
             LaunchRequest { function, grid, block_threads, cluster, shared_bytes, stream, params, tensor_maps };

@@ -2,13 +2,15 @@
 //!
 //! Everything that does not depend on addresses is a function of the tensors' layouts and the options: whether the call
 //! is well-formed, which kernel answers it, the plan. A thread remembers the last few, so that a call that looks like an
-//! earlier one needs no hashing, no lock and no memory; only its addresses are checked.
+//! earlier one needs no hashing, no lock and no memory. It remembers the arguments of the last launch too: only
+//! addresses that have changed are checked, and put in their places.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::check::Checked;
+use super::check::{Checked, Operands};
+use super::plan::Placed;
 use super::{Attention, AttentionOptions, BaseAlign, Plan};
 use crate::tensor::{Device, Layout, TensorView, TensorViewMut};
 
@@ -16,7 +18,6 @@ use crate::tensor::{Device, Layout, TensorView, TensorViewMut};
 const SLOTS: usize = 32;
 
 /// A call without its addresses, and what was found out about it.
-#[derive(Debug)]
 pub(crate) struct Geometry {
     layouts: [Layout; 4],
     attn_mask: Option<Layout>,
@@ -26,15 +27,54 @@ pub(crate) struct Geometry {
     align: BaseAlign,
     /// The runtime's number.
     runtime: u64,
+    pub(crate) settled: Arc<Settled>,
+    /// The arguments of the last call, whose addresses passed the checks; taken out while a call uses them.
+    placed: Cell<Option<Box<Placed>>>,
+}
+
+impl Geometry {
+    /// Arguments for a call, to be given back with [`Geometry::give_back`].
+    #[inline]
+    pub(crate) fn take_arguments(&self) -> Box<Placed> {
+        self.placed
+            .take()
+            .unwrap_or_else(|| Box::new(self.settled.plan.as_deref().map(Plan::unplaced).unwrap_or_default()))
+    }
+
+    #[inline]
+    pub(crate) fn give_back(&self, arguments: Box<Placed>) {
+        self.placed.set(Some(arguments));
+    }
+}
+
+/// What was found out about a call.
+#[derive(Debug)]
+pub(crate) struct Settled {
     pub(crate) checked: Checked,
-    /// `None` when there is nothing to do.
+    /// `None` on the CPU, and when there is nothing to do.
     pub(crate) plan: Option<Arc<Plan>>,
+}
+
+impl Settled {
+    fn kernel(&self) -> &str {
+        match &self.plan {
+            Some(plan) => plan.variant(),
+            None if self.checked.problem.is_empty() => "none",
+            None => "cpu",
+        }
+    }
+
+    /// Says in the log that the call is made.
+    #[inline]
+    pub(crate) fn announce(&self) {
+        log::info!("{} runs {}", self.checked.problem, self.kernel());
+    }
 }
 
 /// A call as this module looks at it.
 pub(crate) struct Key<'a> {
     pub(crate) runtime: u64,
-    pub(crate) call: &'a Attention<'a>,
+    pub(crate) call: &'a Attention<'a, 'a>,
     pub(crate) out: &'a TensorViewMut<'a>,
     pub(crate) lse: Option<&'a TensorViewMut<'a>>,
     pub(crate) align: BaseAlign,
@@ -42,7 +82,8 @@ pub(crate) struct Key<'a> {
 
 impl Key<'_> {
     fn layouts(&self) -> [&Layout; 4] {
-        [self.call.query.layout(), self.call.key.layout(), self.call.value.layout(), self.out.layout()]
+        let Operands { query, key, value, .. } = &self.call.operands;
+        [query.layout(), key.layout(), value.layout(), self.out.layout()]
     }
 
     fn slot(&self) -> usize {
@@ -72,65 +113,74 @@ impl Key<'_> {
             && geometry.align == self.align
             && geometry.pin == self.call.pin
             && geometry.layouts.each_ref() == self.layouts()
-            && geometry.attn_mask.as_ref() == self.call.attn_mask.as_ref().map(TensorView::layout)
+            && geometry.attn_mask.as_ref() == self.call.operands.attn_mask.as_ref().map(TensorView::layout)
             && geometry.lse.as_ref() == self.lse.map(TensorViewMut::layout)
             && geometry.options == self.call.options
     }
 
     /// Whether everything is where the geometry was.
     fn is_on(&self, device: Device) -> bool {
-        let call = self.call;
-        let inputs = [Some(&call.query), Some(&call.key), Some(&call.value), call.attn_mask.as_ref()];
-        let outputs = [Some(self.out), self.lse];
-        inputs.into_iter().flatten().all(|view| view.device() == device)
-            && outputs.into_iter().flatten().all(|view| view.device() == device)
+        let Operands { query, key, value, attn_mask } = &self.call.operands;
+        query.device() == device
+            && key.device() == device
+            && value.device() == device
+            && self.out.device() == device
+            && attn_mask.as_ref().is_none_or(|mask| mask.device() == device)
+            && self.lse.is_none_or(|lse| lse.device() == device)
     }
 
     /// What is to be remembered of a call that passed all checks.
     pub(crate) fn geometry(&self, checked: Checked, plan: Option<Arc<Plan>>) -> Rc<Geometry> {
         Rc::new(Geometry {
             layouts: self.layouts().map(|layout| *layout),
-            attn_mask: self.call.attn_mask.as_ref().map(|mask| *mask.layout()),
+            attn_mask: self.call.operands.attn_mask.as_ref().map(|mask| *mask.layout()),
             lse: self.lse.map(|lse| *lse.layout()),
             options: self.call.options,
             pin: self.call.pin,
             align: self.align,
             runtime: self.runtime,
-            checked,
-            plan,
+            settled: Arc::new(Settled { checked, plan }),
+            placed: Cell::default(),
         })
     }
 }
 
-#[derive(Default)]
 struct Recent {
     slots: [Option<Rc<Geometry>>; SLOTS],
-    last: Option<Rc<Geometry>>,
+    last: Option<Arc<Settled>>,
 }
 
 thread_local! {
-    static RECENT: RefCell<Recent> = RefCell::default();
+    static RECENT: RefCell<Recent> = const { RefCell::new(Recent { slots: [const { None }; SLOTS], last: None }) };
 }
 
-/// What this thread knows about a call.
+/// What this thread knows about a call. A thread that ends knows nothing.
+#[inline]
 pub(crate) fn find(key: &Key<'_>) -> Option<Rc<Geometry>> {
-    RECENT.with_borrow(|recent| {
+    let find = |recent: &RefCell<Recent>| {
+        let recent = recent.borrow();
         let geometry = recent.slots[key.slot()].as_ref()?;
-        (key.is(geometry) && key.is_on(geometry.checked.device)).then(|| geometry.clone())
-    })
+        (key.is(geometry) && key.is_on(geometry.settled.checked.device)).then(|| geometry.clone())
+    };
+    RECENT.try_with(find).ok().flatten()
 }
 
 /// Remembers a call.
 pub(crate) fn keep(key: &Key<'_>, geometry: &Rc<Geometry>) {
     // What was there is dropped outside: a plan's drop may be anybody's code.
-    let old = RECENT.with_borrow_mut(|recent| recent.slots[key.slot()].replace(geometry.clone()));
-    drop(old);
+    let keep = |recent: &RefCell<Recent>| recent.borrow_mut().slots[key.slot()].replace(geometry.clone());
+    drop(RECENT.try_with(keep));
 }
 
 /// Notes that a call was made.
-pub(crate) fn ran(geometry: &Rc<Geometry>) {
-    let old = RECENT.with_borrow_mut(|recent| recent.last.replace(geometry.clone()));
-    drop(old);
+#[inline]
+pub(crate) fn ran(settled: &Arc<Settled>) {
+    let is_last = |last: &Option<Arc<Settled>>| last.as_ref().is_some_and(|last| Arc::ptr_eq(last, settled));
+    let note = |recent: &RefCell<Recent>| {
+        let noted = is_last(&recent.borrow().last);
+        if noted { None } else { recent.borrow_mut().last.replace(settled.clone()) }
+    };
+    drop(RECENT.try_with(note));
 }
 
 /// What a thread's last call ran.
@@ -144,21 +194,20 @@ pub struct LastPlan {
     pub request: String,
 }
 
+fn last() -> Option<Arc<Settled>> {
+    RECENT.try_with(|recent| recent.borrow().last.clone()).ok().flatten()
+}
+
 /// The plan of the last call that this thread made; `None` when it needed none.
 #[cfg(feature = "validate")]
 pub(crate) fn last_planned() -> Option<Arc<Plan>> {
-    RECENT.with_borrow(|recent| recent.last.as_ref().and_then(|last| last.plan.clone()))
+    last().and_then(|last| last.plan.clone())
 }
 
-/// The last call that this thread made, whichever runtime it was on; `None` before the first. Launches of a
-/// [`PreparedCall`](crate::PreparedCall) do not count.
+/// The last call that this thread made, whichever runtime it was on, launches of a
+/// [`PreparedCall`](crate::PreparedCall) among them; `None` before the first.
 pub fn last_plan() -> Option<LastPlan> {
-    let last = RECENT.with_borrow(|recent| recent.last.clone())?;
+    let last = last()?;
     let Checked { device, problem, .. } = &last.checked;
-    let kernel = match (&last.plan, device) {
-        (Some(plan), _) => plan.variant(),
-        (None, _) if problem.is_empty() => "none",
-        (None, _) => "cpu",
-    };
-    Some(LastPlan { device: *device, kernel: kernel.to_owned(), request: problem.to_string() })
+    Some(LastPlan { device: *device, kernel: last.kernel().to_owned(), request: problem.to_string() })
 }

@@ -1,6 +1,7 @@
 //! Device memory that knows its stream.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
@@ -23,10 +24,13 @@ pub struct DeviceBuffer {
 pub(crate) struct BufferInner {
     home: Stream,
     memory: Memory,
-    /// Whether the home stream is ordered after every use there has been: no longer, if the last join of one failed.
-    /// Held from the first join to the last of one piece of work. Borrows alone do not order threads here: a graph
-    /// writes to buffers that it shares.
-    ordered: Mutex<bool>,
+    /// Whether the home stream is not ordered after every use there has been, because the last join of one failed.
+    /// Written by who holds the turn and the home for writing, read by who holds either: locks order the accesses, which
+    /// therefore need not.
+    lost: AtomicBool,
+    /// Held by work on another stream than the home, from the first join to the last, and by copies, which may wait for
+    /// the device and so do not hold the home.
+    turn: Mutex<()>,
 }
 
 /// An allocation.
@@ -56,23 +60,26 @@ impl Memory {
 impl Drop for BufferInner {
     fn drop(&mut self) {
         // Nobody can say when work out of order ends, so its memory is never given back.
-        let ordered = *self.ordered.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if ordered && self.memory.bytes > 0 {
+        if !*self.lost.get_mut() && self.memory.bytes > 0 {
             self.home.free(self.memory);
         }
     }
 }
 
 impl BufferInner {
-    fn lock(&self) -> MutexGuard<'_, bool> {
-        self.ordered.lock().unwrap_or_else(PoisonError::into_inner)
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-/// Refuses memory that work may still use, with nothing to wait for it by.
-fn refuse_lost(ordered: bool) -> Result<()> {
-    const GIVEN: &str = "memory that may still be in use, by a call whose streams could not be joined";
-    if ordered { Ok(()) } else { Err(Error::invalid("buffer", GIVEN, "another buffer; this one is lost")) }
+    /// Refuses memory that work may still use, with nothing to wait for it by.
+    #[inline]
+    fn refuse_lost(&self) -> Result<()> {
+        const GIVEN: &str = "memory that may still be in use, by a call whose streams could not be joined";
+        match self.lost.load(Relaxed) {
+            false => Ok(()),
+            true => Err(Error::invalid("buffer", GIVEN, "another buffer; this one is lost")),
+        }
+    }
 }
 
 /// What becomes of work on a stream that is being captured.
@@ -89,22 +96,39 @@ pub(crate) type Few<T> = SmallVec<[T; 8]>;
 
 /// Queues `work` on `stream`, ordered with every other use of `buffers`, and of memory on loan whose home streams are
 /// `lenders`.
-pub(crate) fn enqueue(
+#[inline]
+pub(crate) fn enqueue<'a>(
     stream: &Stream,
-    buffers: &mut Few<&Arc<BufferInner>>,
+    buffers: impl Iterator<Item = &'a Arc<BufferInner>> + Clone,
     lenders: &[Stream],
     captured: Captured,
     work: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    if buffers.is_empty() && lenders.is_empty() {
-        // Foreign memory only, whose order is the caller's contract, also in captures by other libraries.
-        let hold = stream.hold();
-        match captured {
-            Captured::Allowed => _ = hold.keep(&[])?,
-            Captured::Refused(what) => hold.refuse_capture(what)?,
-        }
-        return work();
+    if !lenders.is_empty() || buffers.clone().any(|buffer| !buffer.home.same(stream)) {
+        return enqueue_away(stream, buffers.collect(), lenders, captured, work);
     }
+    // All at home here, and so in order whatever becomes of the work.
+    let hold = stream.hold();
+    buffers.clone().try_for_each(|buffer| buffer.refuse_lost())?;
+    match captured {
+        Captured::Refused(what) => hold.refuse_capture(what)?,
+        Captured::Allowed if hold.keep(buffers.clone())? => {}
+        // The order of foreign memory is the caller's contract, also in captures by other libraries.
+        Captured::Allowed if buffers.clone().next().is_none() => {}
+        Captured::Allowed => hold.refuse_capture("buffer")?,
+    }
+    work()
+}
+
+/// [`enqueue`] of work that must be joined with other streams, or names its own in two ways.
+#[cold]
+fn enqueue_away(
+    stream: &Stream,
+    mut buffers: Few<&Arc<BufferInner>>,
+    lenders: &[Stream],
+    captured: Captured,
+    work: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     if let Some(buffer) = buffers.iter().find(|buffer| !buffer.home.context().is(stream.context())) {
         let given = format!("a buffer of cuda:{}", buffer.home.ordinal());
         return Err(Error::invalid("buffer", given, "buffers of the stream's device and driver"));
@@ -112,34 +136,37 @@ pub(crate) fn enqueue(
     // Address order, each once: two threads with the same buffers cannot deadlock.
     buffers.sort_unstable_by_key(|buffer| Arc::as_ptr(buffer).addr());
     buffers.dedup_by(|a, b| Arc::ptr_eq(a, b));
-    let mut turns: Few<_> = buffers.iter().map(|buffer| buffer.lock()).collect();
-    turns.iter().try_for_each(|ordered| refuse_lost(**ordered))?;
+    let away = buffers.iter().filter(|buffer| !buffer.home.same(stream));
+    let _turns: Few<_> = away.clone().map(|buffer| buffer.turn()).collect();
     let homes = buffers.iter().map(|buffer| &buffer.home).chain(lenders);
     let mut streams: Few<&Stream> = homes.chain([stream]).collect();
-    let holds = hold_all(&mut streams);
+    // Others may use this stream meanwhile: its order is theirs too.
+    let holds = hold_all(&mut streams, |home| !home.same(stream));
+    buffers.iter().try_for_each(|buffer| buffer.refuse_lost())?;
     for hold in holds.iter().filter(|hold| hold.is_on(stream)) {
         match captured {
             // A graph cannot own what is only lent.
             Captured::Allowed if !lenders.is_empty() => hold.refuse_capture("stream")?,
             // The graph joins at each launch instead; a capture may not wait for work outside it.
-            Captured::Allowed if hold.keep(buffers)? => return work(),
+            Captured::Allowed if hold.keep(buffers.iter().copied())? => return work(),
             Captured::Refused(what) => hold.refuse_capture(what)?,
             Captured::Allowed => {}
         }
     }
     holds.iter().try_for_each(|hold| hold.refuse_capture("buffer"))?;
     if streams.iter().all(|home| home.is(stream)) {
-        // All at home here, and so in order whatever becomes of the work.
+        // At home here after all, under another name.
         return work();
     }
     streams.iter().try_for_each(|home| stream.follow(home))?;
     // Set back only by the last join, so that whatever ends this early leaves the memory unused, and never freed.
-    turns.iter_mut().for_each(|ordered| **ordered = false);
+    let joining = away.filter(|buffer| !buffer.home.is(stream));
+    joining.clone().for_each(|buffer| buffer.lost.store(true, Relaxed));
     let worked = catch_unwind(AssertUnwindSafe(work));
     // Also after a failure or a panic: part of the work may be on its way.
     let joined = join(&streams, stream);
     if joined.is_ok() {
-        turns.iter_mut().for_each(|ordered| **ordered = true);
+        joining.for_each(|buffer| buffer.lost.store(false, Relaxed));
     }
     worked.unwrap_or_else(|panic| resume_unwind(panic)).and(joined)
 }
@@ -170,7 +197,8 @@ impl DeviceBuffer {
             _ => context.driver.alloc(context.handle, bytes, stream.handle())?,
         };
         let memory = Memory { address, bytes, zero: false };
-        Ok(Self { inner: Arc::new(BufferInner { home: stream.clone(), memory, ordered: Mutex::new(true) }) })
+        let (home, lost, turn) = (stream.clone(), AtomicBool::new(false), Mutex::default());
+        Ok(Self { inner: Arc::new(BufferInner { home, memory, lost, turn }) })
     }
 
     /// Memory filled with one byte value.
@@ -243,11 +271,9 @@ impl DeviceBuffer {
     /// Queues work on the home stream, unless there is nothing in the buffer.
     fn queue(&self, what: &'static str, work: impl FnOnce(&DeviceContext, StreamHandle) -> Result<()>) -> Result<()> {
         let home = self.home();
-        let turn = self.inner.lock();
-        refuse_lost(*turn)?;
-        let hold = home.hold();
-        hold.refuse_capture(what)?;
-        if self.is_empty() { Ok(()) } else { work(home.context(), home.handle()) }
+        let _turn = self.inner.turn();
+        self.inner.refuse_lost()?;
+        home.wait(what, || if self.is_empty() { Ok(()) } else { work(home.context(), home.handle()) })
     }
 
     /// Overwrites the memory with zeros before it is freed, in stream order, however the buffer is dropped.
@@ -263,6 +289,7 @@ impl DeviceBuffer {
     }
 
     /// Size in bytes.
+    #[inline]
     pub fn len(&self) -> usize {
         self.inner.memory.bytes
     }
@@ -273,6 +300,7 @@ impl DeviceBuffer {
     }
 
     /// The device's ordinal.
+    #[inline]
     pub fn ordinal(&self) -> u32 {
         self.inner.home.ordinal()
     }
@@ -282,10 +310,12 @@ impl DeviceBuffer {
         &self.inner.home
     }
 
+    #[inline]
     pub(crate) fn address(&self) -> u64 {
         self.inner.memory.address
     }
 
+    #[inline]
     pub(crate) fn inner(&self) -> &Arc<BufferInner> {
         &self.inner
     }
@@ -317,7 +347,7 @@ mod tests {
             context.driver.memset(context.handle, buffer.address(), 1, buffer.len(), stream.handle())?;
             resume_unwind(Box::new("a panic that a test wants"))
         };
-        let enqueue = || enqueue(stream, &mut Few::from_slice(&[buffer.inner()]), &[], Captured::Allowed, work);
+        let enqueue = || enqueue(stream, [buffer.inner()].into_iter(), &[], Captured::Allowed, work);
         let panic = catch_unwind(AssertUnwindSafe(enqueue)).expect_err("a panic");
         assert_eq!(panic.downcast_ref(), Some(&"a panic that a test wants"));
     }

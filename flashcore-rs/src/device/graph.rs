@@ -34,7 +34,7 @@ impl Graph {
             return Err(Error::invalid("stream", given, format!("a stream of cuda:{}", self.context.info.ordinal)));
         }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        enqueue(stream, &mut self.buffers.iter().collect(), &[], Captured::Refused("graph launch"), || {
+        enqueue(stream, self.buffers.iter(), &[], Captured::Refused("graph launch"), || {
             self.context.driver.launch_graph(self.context.handle, self.handle, stream.handle())
         })
     }

@@ -22,7 +22,7 @@ mod stream;
 use std::sync::Arc;
 
 pub use self::buffer::DeviceBuffer;
-pub(crate) use self::buffer::{Captured, Few, enqueue};
+pub(crate) use self::buffer::{BufferInner, Captured, Few, enqueue};
 pub use self::graph::Graph;
 pub(crate) use self::loan::{Lender, LenderMut, Loan};
 #[cfg(feature = "validate")]
@@ -47,7 +47,7 @@ impl DeviceContext {
 
     /// Whether both are the same device of the same driver.
     pub(crate) fn is(&self, other: &Self) -> bool {
-        self.info.ordinal == other.info.ordinal && self.same_driver(other)
+        std::ptr::eq(self, other) || (self.info.ordinal == other.info.ordinal && self.same_driver(other))
     }
 
     /// Handles mean nothing to another driver.

@@ -1,6 +1,7 @@
 //! Streams and events.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::ThreadId;
 
 use super::buffer::{BufferInner, Memory};
@@ -19,9 +20,14 @@ struct StreamInner {
     context: Arc<DeviceContext>,
     handle: StreamHandle,
     origin: Origin,
-    /// The capture in progress. Whoever queues work holds this for reading, so that a capture by another thread begins
-    /// and ends between pieces of work, never inside one.
+    /// The capture in progress, and the lock on what is at home here. Work on this very stream holds it for reading, and
+    /// is ordered by the stream. Whoever else touches memory at home here holds it for writing, from the first join of
+    /// the streams to the last, and so does a capture while it begins or ends: neither happens in the middle of the
+    /// other. Nobody holds it while the host waits for the device.
     capture: RwLock<Option<Capture>>,
+    /// Held for reading, and taken before `capture`, where the host waits for the stream; for writing where a capture
+    /// begins or ends.
+    waits: RwLock<()>,
 }
 
 /// Whose a stream is.
@@ -53,6 +59,15 @@ struct Kept {
 }
 
 impl Capture {
+    #[cold]
+    fn keep<'b>(&self, buffers: impl Iterator<Item = &'b Arc<BufferInner>>) -> Result<()> {
+        if self.thread != std::thread::current().id() {
+            return Err(Error::invalid("stream", "a stream that another thread is capturing", "a stream that is not"));
+        }
+        self.kept().buffers.extend(buffers.cloned());
+        Ok(())
+    }
+
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -66,33 +81,43 @@ impl Drop for StreamInner {
     }
 }
 
-/// Keeps captures of a stream from beginning or ending.
+/// Keeps captures of a stream from beginning or ending, and more if it is for writing.
 pub(super) struct Hold<'a> {
     stream: &'a Stream,
-    capture: RwLockReadGuard<'a, Option<Capture>>,
+    capture: Guard<'a>,
+}
+
+enum Guard<'a> {
+    Shared(RwLockReadGuard<'a, Option<Capture>>),
+    Alone(RwLockWriteGuard<'a, Option<Capture>>),
+}
+
+impl Deref for Guard<'_> {
+    type Target = Option<Capture>;
+
+    #[inline]
+    fn deref(&self) -> &Option<Capture> {
+        match self {
+            Self::Shared(capture) => capture,
+            Self::Alone(capture) => capture,
+        }
+    }
 }
 
 impl Hold<'_> {
     /// Whether it holds this very stream.
     pub(super) fn is_on(&self, stream: &Stream) -> bool {
-        Arc::ptr_eq(&self.stream.inner, &stream.inner)
+        self.stream.same(stream)
     }
 
     /// Hands buffers to this thread's capture of the stream; false when there is none.
-    pub(super) fn keep(&self, buffers: &[&Arc<BufferInner>]) -> Result<bool> {
-        match self.capture.as_ref() {
-            None => Ok(false),
-            Some(capture) if capture.thread != std::thread::current().id() => {
-                Err(Error::invalid("stream", "a stream that another thread is capturing", "a stream that is not"))
-            }
-            Some(capture) => {
-                capture.kept().buffers.extend(buffers.iter().copied().cloned());
-                Ok(true)
-            }
-        }
+    #[inline]
+    pub(super) fn keep<'b>(&self, buffers: impl Iterator<Item = &'b Arc<BufferInner>>) -> Result<bool> {
+        self.capture.as_ref().map_or(Ok(false), |capture| capture.keep(buffers).map(|()| true))
     }
 
     /// Refuses a stream that is being captured, by this crate or (for foreign streams) by anybody.
+    #[inline]
     pub(super) fn refuse_capture(&self, what: &'static str) -> Result<()> {
         let StreamInner { context, handle, origin, .. } = &*self.stream.inner;
         let by_another = match origin {
@@ -123,9 +148,18 @@ impl Stream {
     }
 
     fn new(context: Arc<DeviceContext>, handle: StreamHandle, origin: Origin) -> Self {
-        Self { inner: Arc::new(StreamInner { context, handle, origin, capture: RwLock::new(None) }) }
+        Self {
+            inner: Arc::new(StreamInner {
+                context,
+                handle,
+                origin,
+                capture: RwLock::default(),
+                waits: RwLock::default(),
+            }),
+        }
     }
 
+    #[inline]
     pub(crate) fn context(&self) -> &Arc<DeviceContext> {
         &self.inner.context
     }
@@ -138,11 +172,13 @@ impl Stream {
             && runtime.context().is_ok_and(|context| self.context().is(context))
     }
 
+    #[inline]
     pub(crate) fn handle(&self) -> StreamHandle {
         self.inner.handle
     }
 
     /// The device's ordinal.
+    #[inline]
     pub fn ordinal(&self) -> u32 {
         self.context().info.ordinal
     }
@@ -157,10 +193,17 @@ impl Stream {
     /// # Errors
     /// The first error of that work, or [`Error::InvalidArgument`] while the stream is captured.
     pub fn synchronize(&self) -> Result<()> {
-        let hold = self.hold();
-        hold.refuse_capture("synchronize")?;
-        let context = self.context();
-        context.driver.synchronize(context.handle, self.handle())
+        self.wait("synchronize", || {
+            let context = self.context();
+            context.driver.synchronize(context.handle, self.handle())
+        })
+    }
+
+    /// Does what may have to wait for the stream, while no capture of it begins.
+    pub(super) fn wait(&self, what: &'static str, body: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _waits = self.inner.waits.read().unwrap_or_else(PoisonError::into_inner);
+        self.hold().refuse_capture(what)?;
+        body()
     }
 
     /// Records a new timing event here.
@@ -179,7 +222,7 @@ impl Stream {
     /// [`Error::InvalidArgument`] while one of them is captured; a driver failure.
     pub fn wait_for(&self, other: &Self) -> Result<()> {
         let mut streams = Few::from_slice(&[self, other]);
-        let holds = hold_all(&mut streams);
+        let holds = hold_all(&mut streams, |_| false);
         holds.iter().try_for_each(|hold| hold.refuse_capture("wait"))?;
         self.follow(other)
     }
@@ -193,6 +236,12 @@ impl Stream {
         let event = Event::new(other.context().clone(), false)?;
         event.record_held(other)?;
         event.block_held(self)
+    }
+
+    /// Whether both are one value, and not two names of one queue.
+    #[inline]
+    pub(super) fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Whether both name the same queue.
@@ -220,6 +269,7 @@ impl Stream {
 
     fn begin_capture(&self) -> Result<()> {
         let context = self.context();
+        let _waits = self.inner.waits.write().unwrap_or_else(PoisonError::into_inner);
         let mut capture = self.inner.capture.write().unwrap_or_else(PoisonError::into_inner);
         if capture.is_some() {
             return Err(Error::invalid("capture", "a stream that is being captured", "a stream that is not"));
@@ -231,11 +281,12 @@ impl Stream {
 
     fn end_capture(&self) -> Result<Option<Graph>> {
         let context = self.context();
+        let waits = self.inner.waits.write().unwrap_or_else(PoisonError::into_inner);
         let mut capture = self.inner.capture.write().unwrap_or_else(PoisonError::into_inner);
         let ended = context.driver.end_capture(context.handle, self.handle());
         let kept = capture.take().map(|capture| std::mem::take(&mut *capture.kept())).unwrap_or_default();
         // Buffers and memory below are released through the stream, which must be free to be held again.
-        drop(capture);
+        drop((capture, waits));
         kept.frees.into_iter().for_each(|memory| self.free(memory));
         Ok(ended?.map(|handle| Graph::new(context.clone(), handle, kept.buffers)))
     }
@@ -250,8 +301,10 @@ impl Stream {
         }
     }
 
+    #[inline]
     pub(super) fn hold(&self) -> Hold<'_> {
-        Hold { stream: self, capture: self.inner.capture.read().unwrap_or_else(PoisonError::into_inner) }
+        let capture = self.inner.capture.read().unwrap_or_else(PoisonError::into_inner);
+        Hold { stream: self, capture: Guard::Shared(capture) }
     }
 }
 
@@ -261,12 +314,20 @@ fn one_name(handle: StreamHandle) -> StreamHandle {
     if handle.0 == LEGACY { StreamHandle::default() } else { handle }
 }
 
-/// Holds each stream once, in an order that all threads share: a capture that waits to begin between two holds of the
-/// same stream, or of two streams in opposite orders, would be a deadlock.
-pub(super) fn hold_all<'a>(streams: &mut Few<&'a Stream>) -> Few<Hold<'a>> {
+/// Holds each stream once, for writing those that are to be held `alone`, in an order that all threads share: whoever
+/// waits for a hold between two of the same stream, or of two streams in opposite orders, would be a deadlock.
+pub(super) fn hold_all<'a>(streams: &mut Few<&'a Stream>, alone: impl Fn(&Stream) -> bool) -> Few<Hold<'a>> {
     streams.sort_unstable_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
-    streams.dedup_by(|a, b| Arc::ptr_eq(&a.inner, &b.inner));
-    streams.iter().map(|stream| stream.hold()).collect()
+    streams.dedup_by(|a, b| a.same(b));
+    let hold = |&stream: &&'a Stream| {
+        let capture = &stream.inner.capture;
+        let capture = match alone(stream) {
+            true => Guard::Alone(capture.write().unwrap_or_else(PoisonError::into_inner)),
+            false => Guard::Shared(capture.read().unwrap_or_else(PoisonError::into_inner)),
+        };
+        Hold { stream, capture }
+    };
+    streams.iter().map(hold).collect()
 }
 
 /// A point in a stream's work.

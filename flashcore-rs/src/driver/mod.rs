@@ -144,6 +144,7 @@ impl ParamBlock {
     }
 
     /// Overwrites parameter `index`, which must have this size.
+    #[inline]
     pub fn set(&mut self, index: usize, bytes: &[u8]) {
         let start = usize::from(self.offsets[index]);
         debug_assert_eq!(usize::from(self.sizes[index]), bytes.len());

@@ -232,7 +232,7 @@ fn visited(problem: &Problem, i: usize, [tile_q, tile_k]: [usize; 2]) -> Range<u
 pub(super) fn problem_of(inputs: &Inputs, out: &HostTensor, lse: bool) -> Result<Problem> {
     let (query, key, value) = (inputs.query.view()?, inputs.key.view()?, inputs.value.view()?);
     let attn_mask = inputs.attn_mask.as_ref().map(HostTensor::view).transpose()?;
-    let operands = Operands { query: &query, key: &key, value: &value, attn_mask: attn_mask.as_ref() };
+    let operands = Operands { query, key, value, attn_mask };
     problem(&operands, &inputs.options, out.layout(), lse)
 }
 

@@ -13,7 +13,8 @@ const _: () = {
     crosses_threads::<Graph>();
     crosses_threads::<TensorView<'_>>();
     crosses_threads::<TensorViewMut<'_>>();
-    crosses_threads::<Attention<'_>>();
+    crosses_threads::<Attention<'_, '_>>();
+    crosses_threads::<PreparedCall<'_>>();
     crosses_threads::<Plan>();
     crosses_threads::<Problem>();
     crosses_threads::<Explanation>();

@@ -265,9 +265,9 @@ impl Driver for CudaDriver {
         }
         let params = &*request.params;
         let base = params.as_ptr();
-        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_PARAMS];
+        let mut pointers = [const { MaybeUninit::<*mut c_void>::uninit() }; MAX_PARAMS];
         for (pointer, offset) in pointers.iter_mut().zip(params.offsets()) {
-            *pointer = base.wrapping_add(usize::from(*offset)).cast_mut().cast();
+            pointer.write(base.wrapping_add(usize::from(*offset)).cast_mut().cast());
         }
         let mut attribute = MaybeUninit::<sys::CUlaunchAttribute>::zeroed();
         let mut attributes = 0;
@@ -295,14 +295,14 @@ impl Driver for CudaDriver {
             numAttrs: attributes,
         };
         // SAFETY: the function is loaded in the bound context. `pointers` has one entry per parameter, in order, into
-        // `params`, which outlives the call (the driver copies arguments before it returns); count and sizes were
+        // `params` (the driver reads as many as the code has parameters, and no more), which outlives the call (the driver copies arguments before it returns); count and sizes were
         // checked against the code when it was loaded. What the arguments point to is the caller's contract.
         cu!(
             self,
             launch_kernel_ex(
                 &config,
                 request.function.0 as sys::CUfunction,
-                pointers.as_mut_ptr(),
+                pointers.as_mut_ptr().cast(),
                 std::ptr::null_mut()
             ),
             "cuLaunchKernelEx"
