@@ -8,9 +8,8 @@ VALIDATOR is the `flashcore-validate` program. Three kinds of rows are written:
   through `Runtime.plan(...).launch()`; all outputs must be the same bits.
 - `python_repeat`: one call many times; all outputs must be the same bits.
 - `configuration` (GPU only): the nine classic configurations, FlashCore and every SDPA backend in turn, in random order
-  within each round. `call_us` is an event pair around one call with an empty queue, `wall_us` the same call by the
-  host's clock to the end of its work (with the two events), `device_us` one of 50 launches in a CUDA graph. Caches are
-  warm.
+  within each round. `call_us` is an event pair around one call with an empty queue, `wall_us` a call without events by
+  the host's clock to the end of its work, `device_us` one of 50 launches in a CUDA graph. Caches are warm.
 
 With `--into`, the rows are added to evidence that `flashcore-validate --json` wrote, which also says what ran where.
 Exits with 1 when outputs differ.
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import replay
+from timing import replay, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -180,6 +179,22 @@ def python_repeats(device: str, repeats: int) -> Iterator[Row]:
             }
 
 
+def between_events(call: Callable[[], Any]) -> float:
+    """Microseconds between two events around a call into an empty queue."""
+    torch.cuda.synchronize()
+    return timed(call) * 1e3
+
+
+def whole_call(call: Callable[[], Any]) -> float:
+    """Microseconds of the host's clock from an empty queue to the end of a call's work."""
+    stream = torch.cuda.current_stream()
+    stream.synchronize()
+    began = time.perf_counter_ns()
+    call()
+    stream.synchronize()
+    return (time.perf_counter_ns() - began) / 1e3
+
+
 @dataclass
 class Arm:
     """One way to compute a configuration, and its figures so far, in microseconds."""
@@ -206,20 +221,11 @@ class Arm:
 
     def turn(self, calls: int) -> None:
         with self.chosen():
-            pairs = [self.whole_call() for _ in range(calls)]
-        self.figures["call_us"].append(statistics.median(pair[0] for pair in pairs))
-        self.figures["wall_us"].append(statistics.median(pair[1] for pair in pairs))
+            between = [between_events(self.call) for _ in range(calls)]
+            whole = [whole_call(self.call) for _ in range(calls)]
+        self.figures["call_us"].append(statistics.median(between))
+        self.figures["wall_us"].append(statistics.median(whole))
         self.figures["device_us"].append(self.launch_time())
-
-    def whole_call(self) -> tuple[float, float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        start.record()
-        self.call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e3, (time.perf_counter() - began) * 1e6
 
     def launch_time(self) -> float:
         return replay(self.graph) * 1e3 / LAUNCHES

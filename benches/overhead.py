@@ -7,6 +7,7 @@ PROGRAM is `host-path` (`cargo build --release -p flashcore-benches`), the same 
 - `path`: nanoseconds of the host for one call of (8, 8, 128, 64), f16, out of 200 in a row, which keep the queue from
   running empty; the device is waited for between them. All ways in turn within each round, with autograd on ("grad")
   and in inference_mode ("inference"). `raw` is the launch alone, from Rust: every other row is to be read against it.
+- `floor`: a whole call with an empty queue that launches a kernel which does nothing.
 - `configuration`: the nine small configurations of `first_light.py`: whole calls with an empty queue, and device times.
 - `graph`: a decode step of 32 layers in a CUDA graph: host time of a replay, device time, and the same eagerly.
 - `criterion`: what Rust adds to a launch, over the device time of each configuration.
@@ -216,6 +217,14 @@ def rust_paths(program: Path, rounds: int) -> list[Row]:
     ]
 
 
+def floor_rows(rounds: int) -> Iterator[Row]:
+    """What no whole call can go below: the bare launch of a kernel that does nothing, and the wait for it."""
+    with contextlib.suppress(ImportError):
+        launch = triton_launches(torch.zeros(SHAPE, dtype=torch.float16, device="cuda"))["cuLaunchKernelEx, ctypes"]
+        found = [first_light.whole_call(launch) for _ in range(20 * (rounds + 2))][40:]
+        yield {"kind": "floor", "name": "launch and wait", "median_us": statistics.median(found)}
+
+
 def graph_rows() -> Iterator[Row]:
     """A decode step: 32 layers of one query over 2048 keys, grouped heads."""
     query = torch.randn(1, 32, 1, 128, dtype=torch.float16, device="cuda")
@@ -298,6 +307,7 @@ def main() -> int:
     rows += paths(args.device, args.rounds, args.seed)
     if args.device == "cuda":
         with torch.inference_mode():
+            rows += floor_rows(args.rounds)
             rows += first_light.configurations(30, 20, args.seed)
         rows += graph_rows()
         rows += criterion_rows(rows)

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use flashcore::attention::MAX_HEAD_DIM;
-use flashcore::{Attention, AttentionOptions, Device, Error, Runtime, Stream, TensorView, TensorViewMut};
+use flashcore::{Attention, AttentionOptions, Device, Error, PreparedCall, Runtime, Stream, TensorView, TensorViewMut};
 
 use crate::errors::{Result, internal, invalid};
 use crate::operand::{MAX_RANK, OUTER, Operand};
@@ -36,14 +36,11 @@ impl Inputs {
     /// Hands the inputs to the library.
     ///
     /// # Safety
-    /// Until `body`'s work is done on its stream, the operands' memory is valid for reads, as wide as their layouts
-    /// say, and written by nobody else except in stream order.
+    /// Until the work that is made of the result is done on its stream, each time that it is done, the operands' memory
+    /// is valid for reads, as wide as their layouts say, and written by nobody else except in stream order. Memory of the
+    /// host is all that as long as the result lives.
     #[expect(unsafe_code, reason = "memory that the caller vouches for")]
-    unsafe fn attention<T>(
-        &self,
-        runtime: &Runtime,
-        body: impl FnOnce(Attention<'_>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
+    unsafe fn attention<'r, 'a>(&self, runtime: &'r Runtime) -> Result<Attention<'r, 'a>, Error> {
         self.operands().try_for_each(check_host)?;
         let view = |operand: &Operand| {
             // SAFETY: the caller's promise; `check_host` has shown that host memory is aligned and not null.
@@ -57,8 +54,8 @@ impl Inputs {
         let attention =
             runtime.attention(&view(&self.query)?, &view(&self.key)?, &view(&self.value)?).options(self.options);
         match &self.attn_mask {
-            Some(mask) => body(attention.attn_mask(view(mask)?)),
-            None => body(attention),
+            Some(mask) => Ok(attention.attn_mask(view(mask)?)),
+            None => Ok(attention),
         }
     }
 
@@ -80,7 +77,7 @@ impl Inputs {
     #[expect(unsafe_code, reason = "memory that is described and not used")]
     pub(crate) fn explain(&self, runtime: &Runtime) -> Result<flashcore::Explanation, Error> {
         // SAFETY: `explain` looks at addresses and layouts only; the caller keeps the arrays alive meanwhile.
-        unsafe { self.attention(runtime, |attention| attention.explain()) }
+        unsafe { self.attention(runtime) }?.explain()
     }
 }
 
@@ -114,20 +111,24 @@ impl Call {
             }),
         };
         let pool = if runtime.device() == Device::Cpu { threads::pool()? } else { None };
-        let outcome = catch_unwind(AssertUnwindSafe(|| match pool {
+        contained(|| match pool {
             Some(pool) => pool.install(work),
             None => work(),
-        }));
-        Ok(outcome.map_err(|panic| internal(&*panic))??)
+        })
     }
 
-    /// One launch for every index of the dimensions before `batch`; most calls have none.
+    /// Whether there are no dimensions before `batch`, as in most calls.
+    pub(crate) fn is_one_launch(&self) -> bool {
+        self.out.shape[..OUTER] == [1; OUTER]
+    }
+
+    /// One launch for every index of the dimensions before `batch`.
     ///
     /// # Safety
     /// As [`Call::run`].
     #[expect(unsafe_code, reason = "memory that the caller vouches for")]
     unsafe fn pieces(&self, runtime: &Runtime, stream: Option<&Stream>) -> Result<(), Error> {
-        if self.out.shape[..OUTER] == [1; OUTER] {
+        if self.is_one_launch() {
             // SAFETY: forwarded from the caller.
             return unsafe { self.launch(runtime, stream) };
         }
@@ -203,6 +204,43 @@ impl Call {
     /// As [`Call::run`].
     #[expect(unsafe_code, reason = "memory that the caller vouches for")]
     unsafe fn launch(&self, runtime: &Runtime, stream: Option<&Stream>) -> Result<(), Error> {
+        // SAFETY: forwarded from the caller.
+        let (mut outputs, attention) = unsafe { (self.outputs()?, self.inputs.attention(runtime)?) };
+        let attention = match stream {
+            Some(stream) => attention.on(stream),
+            None => attention,
+        };
+        match &mut outputs {
+            (out, Some(lse)) => attention.run_with_lse(out, lse),
+            (out, None) => attention.run(out),
+        }
+    }
+
+    /// Makes the call ready to be launched any number of times. It must be of one launch, on a device.
+    ///
+    /// # Safety
+    /// As [`Call::run`], for each launch.
+    #[expect(unsafe_code, reason = "memory that the caller vouches for")]
+    pub(crate) unsafe fn ready(&self, runtime: &Runtime, stream: u64) -> Result<ReadyCall> {
+        let prepare = || {
+            // SAFETY: forwarded from the caller.
+            match unsafe { (self.outputs()?, self.inputs.attention(runtime)?) } {
+                ((out, Some(lse)), attention) => attention.prepare_with_lse(out, lse),
+                ((out, None), attention) => attention.prepare(out),
+            }
+        };
+        let call = contained(prepare)?;
+        // SAFETY: the value is used only for launches, which name a live stream of this handle.
+        let stream = unsafe { runtime.foreign_stream(stream) }?;
+        Ok(ReadyCall { runtime: runtime.clone(), stream, call })
+    }
+
+    /// Hands the outputs to the library.
+    ///
+    /// # Safety
+    /// As [`Inputs::attention`], for writes too, and nobody else reads the memory meanwhile.
+    #[expect(unsafe_code, reason = "memory that the caller vouches for")]
+    unsafe fn outputs<'a>(&self) -> Result<(TensorViewMut<'a>, Option<TensorViewMut<'a>>), Error> {
         self.check_outputs()?;
         let view = |operand: &Operand| {
             // SAFETY: the caller's promise; `check_outputs` has shown that host memory is aligned, not null, and no
@@ -214,20 +252,7 @@ impl Call {
             };
             view.or_else(|error| operand.layout().and(Err(error)))
         };
-        let mut out = view(&self.out)?;
-        let mut lse = self.lse.as_ref().map(view).transpose()?;
-        let run = |attention: Attention<'_>| {
-            let attention = match stream {
-                Some(stream) => attention.on(stream),
-                None => attention,
-            };
-            match &mut lse {
-                Some(lse) => attention.run_with_lse(&mut out, lse),
-                None => attention.run(&mut out),
-            }
-        };
-        // SAFETY: forwarded from the caller.
-        unsafe { self.inputs.attention(runtime, run) }
+        Ok((view(&self.out)?, self.lse.as_ref().map(view).transpose()?))
     }
 
     /// What must be known before exclusive slices of host memory exist. The library checks the rest, and device
@@ -249,6 +274,38 @@ impl Call {
         }
         Ok(())
     }
+}
+
+/// A call on a device, ready to be launched. Holds none of its memory.
+pub(crate) struct ReadyCall {
+    runtime: Runtime,
+    /// That of the launch before.
+    stream: Stream,
+    call: PreparedCall<'static>,
+}
+
+impl ReadyCall {
+    /// Queues the call on the stream with this handle.
+    ///
+    /// # Safety
+    /// As [`Call::run`].
+    #[expect(unsafe_code, reason = "memory that the caller vouches for")]
+    #[inline]
+    pub(crate) unsafe fn launch(&mut self, stream: u64) -> Result<()> {
+        if self.stream.raw() != stream {
+            // SAFETY: as in `Call::ready`.
+            self.stream = unsafe { self.runtime.foreign_stream(stream) }?;
+        }
+        let Self { call, stream, .. } = self;
+        contained(|| call.launch_on(stream))
+    }
+}
+
+/// Runs the library's code, of which a panic goes no further.
+#[inline]
+fn contained<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T> {
+    let outcome = catch_unwind(AssertUnwindSafe(work));
+    Ok(outcome.map_err(|panic| internal(&*panic))??)
 }
 
 /// Hands `body` the library's name for a stream that is another library's.

@@ -2,19 +2,24 @@
 //!
 //! Arrays come in as plain [`operand::Operand`]s, from Python through [`library`] and [`request`], and from torch's
 //! dispatcher through [`op`]. [`sdpa`] says what they mean, and [`call`] runs them on a [`flashcore::Runtime`]. `unsafe`
-//! is confined to the boundaries, [`dlpack`], [`quiet`], [`shim`] and [`op`], and to [`call`], where the described memory
-//! is used.
+//! is confined to the boundaries, [`dlpack`], [`quiet`], [`internals`], [`shim`] and [`op`], and to [`call`], where the
+//! described memory is used.
 
+mod asked;
 mod call;
 #[allow(unsafe_code, reason = "the boundary to DLPack")]
 mod dlpack;
 mod errors;
 mod info;
+#[allow(unsafe_code, reason = "the boundary to torch's C++")]
+mod internals;
 mod library;
 mod logging;
+mod memo;
 #[allow(unsafe_code, reason = "an operator that libtorch calls")]
 mod op;
 mod operand;
+mod plain;
 #[allow(unsafe_code, reason = "the boundary to Python's C functions")]
 mod quiet;
 mod request;
@@ -23,6 +28,7 @@ mod sdpa;
 #[allow(unsafe_code, reason = "the boundary to libtorch")]
 mod shim;
 mod threads;
+mod torch_call;
 
 use pyo3::prelude::*;
 
@@ -36,6 +42,8 @@ mod _core {
 
     #[pymodule_export]
     use super::info::{Bundle, DeviceInfo, Explanation, Kernel, LastPlan, bundles, devices, last_plan};
+    #[pymodule_export]
+    use super::library::is_quiet;
     #[pymodule_export]
     use super::logging::start_logging;
     #[pymodule_export]

@@ -10,8 +10,10 @@ use pyo3::types::{PyDict, PyTuple, PyType};
 
 use crate::dlpack::{Exchange, Shared};
 use crate::errors::{Result, invalid, unsupported};
+use crate::internals::Internals;
 use crate::operand::{MAX_RANK, OUT, Operand, Role, bad_dtype};
-use crate::quiet::Switches;
+use crate::plain::{Classes, Plain};
+use crate::quiet::{State, Switches};
 use crate::sdpa::out_strides;
 
 /// The library whose arrays a call is made of.
@@ -37,7 +39,7 @@ impl Library {
     pub(crate) fn of(role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Self> {
         let py = object.py();
         if let Some(torch) = Torch::get(py)?
-            && torch.made(object)
+            && torch.classes.plain(object).is_some()
         {
             return Ok(Self::Torch(torch));
         }
@@ -140,9 +142,9 @@ impl Reader {
 
 /// PyTorch, from 2.10 on.
 pub(crate) struct Torch {
-    tensor: Py<PyType>,
-    parameter: Py<PyType>,
+    pub(crate) classes: Classes,
     exchange: Exchange,
+    internals: Option<Internals>,
     empty_like: Py<PyAny>,
     float32: Py<PyAny>,
     switches: Switches,
@@ -163,9 +165,10 @@ impl Torch {
             let version = module.getattr("__version__")?;
             return Err(unsupported(format!("torch {version} has no DLPack exchange table; torch 2.10 or newer has")));
         };
+        let classes = Classes::new(tensor, parameter)?;
         let torch = Self {
-            tensor: tensor.cast_into::<PyType>().map_err(PyErr::from)?.unbind(),
-            parameter: parameter.cast_into::<PyType>().map_err(PyErr::from)?.unbind(),
+            internals: Internals::find(&module, &classes),
+            classes,
             exchange,
             empty_like: module.getattr("empty_like")?.unbind(),
             float32: module.getattr("float32")?.unbind(),
@@ -174,37 +177,43 @@ impl Torch {
         Ok(Some(TORCH.get_or_init(py, || torch)))
     }
 
-    /// Whether `object` is a tensor without behaviour of its own: a subclass may stand for something else than its
-    /// memory (a FakeTensor has none).
-    fn made(&self, object: &Bound<'_, PyAny>) -> bool {
-        let class = object.get_type_ptr();
-        class == self.tensor.as_ptr().cast() || class == self.parameter.as_ptr().cast()
-    }
-
-    /// Whether `object` is a tensor of any class.
-    pub(crate) fn is_tensor(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
-        object.is_instance(self.tensor.bind(object.py()))
+    /// The running torch from the inside, where that can be.
+    pub(crate) fn internals(&self) -> Option<&Internals> {
+        self.internals.as_ref()
     }
 
     /// Whether a call with these tensors is nothing but a kernel to torch, so that nobody else need see it.
+    #[inline]
     pub(crate) fn is_quiet<'a, 'py: 'a>(
         &self,
         py: Python<'py>,
         tensors: impl Iterator<Item = &'a Bound<'py, PyAny>>,
     ) -> PyResult<bool> {
-        if !self.switches.all_off(py)? {
+        match &self.internals {
+            Some(internals) => self.is_quiet_by(internals, py, tensors),
+            None => self.is_quiet_by(&self.switches, py, tensors),
+        }
+    }
+
+    fn is_quiet_by<'a, 'py: 'a>(
+        &self,
+        state: &impl State,
+        py: Python<'py>,
+        tensors: impl Iterator<Item = &'a Bound<'py, PyAny>>,
+    ) -> PyResult<bool> {
+        if !state.all_off(py)? {
             return Ok(false);
         }
-        let grad_enabled = self.switches.grad_enabled(py)?;
-        for tensor in tensors {
-            if !self.made(tensor) {
+        let grad_enabled = state.grad_enabled(py)?;
+        for object in tensors {
+            let Some(tensor) = self.classes.plain(object) else {
                 // Another library's array is refused where it is read.
-                if self.is_tensor(tensor)? {
+                if self.classes.is_tensor(object)? {
                     return Ok(false);
                 }
                 continue;
-            }
-            if self.switches.is_neg(tensor)? || (grad_enabled && self.switches.requires_grad(tensor)?) {
+            };
+            if state.is_neg(tensor)? || (grad_enabled && state.requires_grad(tensor)?) {
                 return Ok(false);
             }
         }
@@ -212,47 +221,64 @@ impl Torch {
     }
 
     #[inline]
-    fn read(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
-        self.check_class(role, object)?;
-        #[expect(unsafe_code, reason = "the exchange table's contract")]
-        // SAFETY: only `torch.Tensor` and `torch.nn.Parameter` passed; the table is `torch.Tensor`'s.
-        unsafe {
-            self.exchange.read(role, object)
+    pub(crate) fn read(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
+        let tensor = self.plain(role, object)?;
+        match &self.internals {
+            Some(internals) => internals.read(role, tensor),
+            None => {
+                #[expect(unsafe_code, reason = "the exchange table's contract")]
+                // SAFETY: only `torch.Tensor` and `torch.nn.Parameter` passed; the table is `torch.Tensor`'s.
+                unsafe {
+                    self.exchange.read(role, object)
+                }
+            }
         }
     }
 
     fn share(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<(Operand, Keep)> {
-        self.check_class(role, object)?;
+        self.plain(role, object)?;
         #[expect(unsafe_code, reason = "the exchange table's contract")]
         // SAFETY: as in `read`.
         let (operand, shared) = unsafe { self.exchange.share(role, object) }?;
         Ok((operand, Keep::Tensor(shared)))
     }
 
-    fn check_class(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<()> {
-        if self.made(object) { Ok(()) } else { Err(foreign(role, object, "a torch.Tensor, like the query").into()) }
+    #[inline]
+    fn plain<'a, 'py>(&self, role: &'static Role, object: &'a Bound<'py, PyAny>) -> Result<Plain<'a, 'py>> {
+        self.classes.plain(object).ok_or_else(|| foreign(role, object, "a torch.Tensor, like the query").into())
     }
 
     /// Refuses what the exchange table would let pass: tensors whose memory does not say all about them.
     pub(crate) fn check(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<()> {
         let py = object.py();
-        self.check_class(role, object)?;
+        let tensor = self.plain(role, object)?;
         if !self.switches.all_off(py)? {
             let message = "a mode of torch is on (autocast, a function transform, tracing): plan outside of it";
             return Err(unsupported(message));
         }
-        if self.switches.requires_grad(object)? && self.switches.grad_enabled(py)? {
+        if self.switches.requires_grad(tensor)? && self.switches.grad_enabled(py)? {
             return Err(unsupported(format!(
                 "{}: requires_grad; there is no backward yet: call under torch.no_grad(), or detach the tensor",
                 role.name
             )));
         }
-        if self.switches.is_neg(object)? {
+        if self.switches.is_neg(tensor)? {
             let accepted = "a tensor as it is in memory; call .resolve_neg() first";
             return Err(invalid(role.name, "a view with its sign to be flipped (negative bit)", accepted).into());
         }
         Ok(())
     }
+}
+
+/// Whether torch would do nothing with a call on these tensors but run a kernel: as Python says, and as torch's C++
+/// functions say, which are asked where they can be (else None).
+#[pyfunction]
+#[pyo3(signature = (*tensors))]
+pub(crate) fn is_quiet(py: Python<'_>, tensors: &Bound<'_, PyTuple>) -> Result<(bool, Option<bool>)> {
+    let Some(torch) = Torch::get(py)? else { return Err(unsupported("torch is not imported")) };
+    let tensors: Vec<_> = tensors.iter().collect();
+    let inside = torch.internals().map(|internals| torch.is_quiet_by(internals, py, tensors.iter())).transpose()?;
+    Ok((torch.is_quiet_by(&torch.switches, py, tensors.iter())?, inside))
 }
 
 /// NumPy; on the CPU only.

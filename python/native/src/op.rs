@@ -13,12 +13,12 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use flashcore::CausalAlign;
 use pyo3::prelude::*;
 
-use crate::call::{Call, Inputs};
+use crate::asked::Asked;
 use crate::errors::{Failure, Result, internal};
-use crate::operand::{ATTN_MASK, KEY, LSE, MAX_RANK, OUT, QUERY, VALUE};
-use crate::runtime::default_runtime;
-use crate::sdpa::{Options, broadcast, elsewhere, out_shape, out_strides};
+use crate::operand::{ATTN_MASK, KEY, MAX_RANK, OUT, QUERY, VALUE};
+use crate::sdpa::{Options, elsewhere, out_strides};
 use crate::shim::{SYMBOLS, Sdpa, Tensor, Torch, Value};
+use crate::torch_call::{self, Made};
 
 const NAMESPACE: &CStr = c"flashcore";
 const SCHEMAS: [&CStr; 2] = [
@@ -131,16 +131,17 @@ unsafe fn answer(stack: *mut Value, lse: bool) -> Result<()> {
     let torch = Torch::get()?;
     // SAFETY: forwarded from the caller.
     let arguments = unsafe { Arguments::take(torch, stack) };
-    let results = match arguments.run(torch, lse) {
-        Err(failure) if arguments.fallback && !lse => (arguments.fall_through(torch, failure)?, None),
+    // SAFETY: the arguments own references to the tensors until the end of this function.
+    let outcome = arguments.asked(lse).and_then(|asked| unsafe { torch_call::run(torch, &asked, None) });
+    let made = match outcome {
+        Err(failure) if arguments.fallback && !lse => {
+            Made { out: Some(arguments.fall_through(torch, failure)?), lse: None }
+        }
         outcome => outcome?,
     };
-    // SAFETY: the stack has room for the results.
-    unsafe {
-        *stack = results.0.into_value();
-        if let Some(lse) = results.1 {
-            *stack.add(1) = lse.into_value();
-        }
+    for (place, tensor) in [made.out, made.lse].into_iter().flatten().enumerate() {
+        // SAFETY: the stack has room for the results.
+        unsafe { *stack.add(place) = tensor.into_value() };
     }
     Ok(())
 }
@@ -182,48 +183,24 @@ impl Arguments {
         }
     }
 
-    fn inputs(&self) -> Result<Inputs> {
-        let mut inputs = Inputs {
+    fn asked(&self, return_lse: bool) -> Result<Asked> {
+        Ok(Asked {
             query: self.query.read(&QUERY)?,
             key: self.key.read(&KEY)?,
             value: self.value.read(&VALUE)?,
             attn_mask: self.attn_mask.as_ref().map(|mask| mask.read(&ATTN_MASK)).transpose()?,
-            options: self.options.check(self.attn_mask.is_some())?,
-        };
-        broadcast(&mut inputs, self.options.enable_gqa)?;
-        Ok(inputs)
-    }
-
-    fn run(&self, torch: &'static Torch, lse: bool) -> Result<(Tensor, Option<Tensor>)> {
-        let inputs = self.inputs()?;
-        let (shape, rank) = out_shape(&inputs);
-        let first = MAX_RANK - rank;
-        let query = &inputs.query;
-        let strides = out_strides(query, &shape);
-        let out = torch.empty(&shape[first..], &strides[first..], query.dtype, query.device)?;
-        let lse = match lse {
-            true => {
-                let mut strides = [1; MAX_RANK];
-                for dim in (0..MAX_RANK - 2).rev() {
-                    strides[dim] = strides[dim + 1] * shape[dim + 1].max(1) as i64;
-                }
-                let own = first..MAX_RANK - 1;
-                Some(torch.empty(&shape[own.clone()], &strides[own], flashcore::DType::F32, query.device)?)
-            }
-            false => None,
-        };
-        let lse_operand = lse.as_ref().map(|lse| lse.read(&LSE)).transpose()?;
-        let call = Call { inputs, out: out.read(&OUT)?, lse: lse_operand };
-        // SAFETY: the tensors are alive until the end of the call, and torch's allocator reuses device memory in the
-        // order of the current stream. As for every operator, nobody writes to the inputs from another thread meanwhile.
-        unsafe { call.run(default_runtime(query.device)?, torch.current_stream(query.device)?)? };
-        Ok((out, lse))
+            out: None,
+            return_lse,
+            options: self.options,
+        })
     }
 
     /// The answer of torch's own SDPA to a call that was refused here, or the refusal.
     fn fall_through(&self, torch: &'static Torch, refusal: Failure) -> Result<Tensor> {
         let Self { query, key, value, options, .. } = self;
-        let Some(reason) = elsewhere(options, &refusal, || self.inputs().ok()) else { return Err(refusal) };
+        let Some(reason) = elsewhere(options, &refusal, || self.asked(false).ok()?.inputs().ok()) else {
+            return Err(refusal);
+        };
         log_fallback(&reason);
         let &Options { dropout_p, is_causal, scale, enable_gqa, .. } = options;
         let attn_mask = self.attn_mask.as_ref();

@@ -1,9 +1,9 @@
 //! Whether torch would do nothing with a call but run a kernel.
 //!
 //! A dozen switches of torch change what a call means: gradients, autocast, function transforms, modes, tracing. All
-//! must be off for a kernel to be launched without asking torch, so all are read on every call, and reading them is a
-//! good part of what the host has to do. They are C functions behind Python objects; where Python's stable ABI names the
-//! C function, it is called without the object around it.
+//! must be off for a kernel to be launched without asking torch, so all are read on every call. [`crate::internals`] reads
+//! them where it can. [`Switches`] reads them anywhere: they are C functions behind Python objects; where Python's stable
+//! ABI names the C function, it is called without the object around it.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
@@ -11,6 +11,8 @@ use std::ptr;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+
+use crate::plain::Plain;
 
 /// The switches of the running torch.
 pub(crate) struct Switches {
@@ -44,9 +46,22 @@ impl Switches {
             forward_level: "_current_level".into_pyobject(py)?.into_any().unbind(),
         })
     }
+}
 
+/// The state of torch that decides whether it would do nothing with a call but run a kernel.
+pub(crate) trait State {
     /// Whether nothing is on that concerns all calls.
-    pub(crate) fn all_off(&self, py: Python<'_>) -> PyResult<bool> {
+    fn all_off(&self, py: Python<'_>) -> PyResult<bool>;
+    /// Whether operations on tensors that require gradients record them.
+    fn grad_enabled(&self, py: Python<'_>) -> PyResult<bool>;
+    /// Whether a tensor asks for a gradient.
+    fn requires_grad(&self, tensor: Plain<'_, '_>) -> PyResult<bool>;
+    /// Whether a tensor stands for the negative of what is in its memory.
+    fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool>;
+}
+
+impl State for Switches {
+    fn all_off(&self, py: Python<'_>) -> PyResult<bool> {
         for switch in &self.off {
             if switch.is_on(py)? {
                 return Ok(false);
@@ -56,19 +71,16 @@ impl Switches {
         Ok(level.is_none_or(|level| level.extract::<i64>().is_ok_and(|level| level < 0)))
     }
 
-    /// Whether operations on tensors that require gradients record them.
-    pub(crate) fn grad_enabled(&self, py: Python<'_>) -> PyResult<bool> {
+    fn grad_enabled(&self, py: Python<'_>) -> PyResult<bool> {
         self.grad_enabled.is_on(py)
     }
 
-    /// Whether a `torch.Tensor` asks for a gradient.
-    pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-        self.requires_grad.read(tensor)
+    fn requires_grad(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
+        self.requires_grad.read(tensor.object())
     }
 
-    /// Whether a `torch.Tensor` stands for the negative of what is in its memory.
-    pub(crate) fn is_neg(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-        self.is_neg.call(tensor)
+    fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
+        self.is_neg.call(tensor.object())
     }
 }
 

@@ -4,13 +4,16 @@ use flashcore::CausalAlign;
 use pyo3::prelude::*;
 use pyo3::types::PyNotImplemented;
 
-use crate::call::{Call, Inputs};
+use crate::asked::{Asked, Results};
+use crate::call::Call;
 use crate::errors::{Failure, Result, invalid};
 use crate::info::Explanation;
 use crate::library::{Library, Reader, outputs};
 use crate::operand::{ATTN_MASK, KEY, LSE, OUT, QUERY, VALUE};
 use crate::runtime::default_runtime;
-use crate::sdpa::{self, Options, broadcast, out_shape};
+use crate::sdpa::{self, Options};
+use crate::shim::Tensor;
+use crate::torch_call;
 
 /// The arguments that `attention`, `explain` and `Runtime.plan` share.
 pub(crate) struct Request<'a, 'py> {
@@ -34,30 +37,35 @@ impl<'py> Request<'_, 'py> {
         Library::of(&QUERY, self.query)
     }
 
-    /// Reads the inputs.
+    /// Reads the arguments.
     #[inline]
-    pub(crate) fn inputs(&self, reader: &mut Reader) -> Result<Inputs> {
-        let mut inputs = Inputs {
+    pub(crate) fn asked(
+        &self,
+        reader: &mut Reader,
+        out: Option<&Bound<'py, PyAny>>,
+        return_lse: bool,
+    ) -> Result<Asked> {
+        Ok(Asked {
             query: reader.read(&QUERY, self.query)?,
             key: reader.read(&KEY, self.key)?,
             value: reader.read(&VALUE, self.value)?,
             attn_mask: self.attn_mask.map(|mask| reader.read(&ATTN_MASK, mask)).transpose()?,
-            options: self.options.check(self.attn_mask.is_some())?,
-        };
-        broadcast(&mut inputs, self.options.enable_gqa)?;
-        Ok(inputs)
+            out: out.map(|out| reader.read(&OUT, out)).transpose()?,
+            return_lse,
+            options: self.options,
+        })
     }
 
     /// Reads the inputs, and reads or makes the outputs.
-    #[inline]
     pub(crate) fn prepare(
         &self,
         reader: &mut Reader,
         out: Option<&Bound<'py, PyAny>>,
         return_lse: bool,
     ) -> Result<Prepared<'py>> {
-        let inputs = self.inputs(reader)?;
-        let (shape, rank) = out_shape(&inputs);
+        let asked = self.asked(reader, out, return_lse)?;
+        let inputs = asked.inputs()?;
+        let Results { shape, rank, .. } = Results::of(&inputs);
         let out = match out {
             Some(out) => out.clone(),
             None => reader.library.empty_out(self.query, &inputs.query, &shape, rank)?,
@@ -66,7 +74,7 @@ impl<'py> Request<'_, 'py> {
         let lse = return_lse.then(|| reader.library.empty_lse(self.query, own_shape)).transpose()?;
         let call = Call {
             inputs,
-            out: reader.read(&OUT, &out)?,
+            out: asked.out.map_or_else(|| reader.read(&OUT, &out), Ok)?,
             lse: lse.as_ref().map(|lse| reader.read(&LSE, lse)).transpose()?,
         };
         call.check_outer(&shape, rank)?;
@@ -82,7 +90,7 @@ impl<'py> Request<'_, 'py> {
 
     /// Whether torch should see a call that was refused.
     fn is_for_torch(&self, library: Library, failure: &Failure, elsewhere: bool) -> bool {
-        let inputs = || self.inputs(&mut Reader::new(library)).ok();
+        let inputs = || self.asked(&mut Reader::new(library), None, false).ok()?.inputs().ok();
         match (library, failure) {
             (Library::Numpy(_), _) => false,
             (Library::Torch(_), Failure::Unreadable(_)) => true,
@@ -95,7 +103,7 @@ impl<'py> Request<'_, 'py> {
         match self.library() {
             Ok(library) => Ok(self.is_quiet(library, out)?.then_some(library)),
             Err(refusal) => match Library::torch(self.query.py())? {
-                Some(torch) if torch.is_tensor(self.query)? => Ok(None),
+                Some(torch) if torch.classes.is_tensor(self.query)? => Ok(None),
                 _ => Err(refusal),
             },
         }
@@ -154,10 +162,25 @@ fn run<'py>(
     out: Option<&Bound<'py, PyAny>>,
     return_lse: bool,
 ) -> Result<Bound<'py, PyAny>> {
+    let py = request.query.py();
     let mut reader = Reader::new(library);
+    if let Library::Torch(torch) = library
+        && let Some(internals) = torch.internals()
+    {
+        let asked = request.asked(&mut reader, out, return_lse)?;
+        #[expect(unsafe_code, reason = "memory that Python owns")]
+        // SAFETY: the arguments keep the tensors alive during the call.
+        let made = unsafe { torch_call::run(internals.torch(), &asked, Some(py)) }?;
+        let wrap = |tensor: Tensor| internals.wrap(py, tensor.borrow());
+        let lse = made.lse.map(wrap).transpose()?;
+        let out = match made.out {
+            Some(new) => wrap(new)?,
+            None => out.cloned().ok_or_else(|| Failure::Internal("a call without an output".into()))?,
+        };
+        return Ok(outputs(out, lse)?);
+    }
     let Prepared { call, out, lse } = request.prepare(&mut reader, out, return_lse)?;
     let device = call.inputs.query.device;
-    let py = request.query.py();
     let runtime = default_runtime(device)?;
     let stream = library.current_stream(py, device)?;
     #[expect(unsafe_code, reason = "memory that Python owns")]
@@ -196,6 +219,6 @@ pub(crate) fn explain(
     let causal_align = self::causal_align(causal_align)?;
     let options = Options { dropout_p, is_causal, scale, enable_gqa, window, causal_align };
     let request = Request { query, key, value, attn_mask, options };
-    let inputs = request.inputs(&mut Reader::checking(request.library()?, false))?;
+    let inputs = request.asked(&mut Reader::checking(request.library()?, false), None, false)?.inputs()?;
     Ok(inputs.explain(default_runtime(inputs.query.device)?)?.into())
 }

@@ -1,11 +1,11 @@
 //! Runtimes: the ones that calls use, and those that Python opens itself.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use flashcore::Device;
 use pyo3::prelude::*;
 
-use crate::call::Call;
+use crate::call::{Call, ReadyCall};
 use crate::errors::{Result, invalid};
 use crate::info::{Bundle, DeviceInfo};
 use crate::library::{Keep, Library, Reader};
@@ -117,8 +117,18 @@ impl Runtime {
             return Err(invalid("query", given, format!("the runtime's device, {wanted}")).into());
         }
         let explanation = call.inputs.explain(&self.runtime)?;
+        let device = self.runtime.device();
+        let ready = match device != Device::Cpu && call.is_one_launch() {
+            #[expect(unsafe_code, reason = "memory that the plan shares")]
+            // SAFETY: nothing is launched yet; `launch` says why it may.
+            true => Some(Mutex::new(unsafe {
+                call.ready(&self.runtime, reader.library.current_stream(query.py(), device)?)
+            }?)),
+            false => None,
+        };
         Ok(Plan {
             call,
+            ready,
             runtime: self.runtime.clone(),
             library: reader.library,
             keep: reader.into_keep(),
@@ -140,6 +150,8 @@ impl Runtime {
 #[pyclass(frozen, module = "flashcore")]
 pub(crate) struct Plan {
     call: Call,
+    /// The same, where it is one launch on a device.
+    ready: Option<Mutex<ReadyCall>>,
     runtime: flashcore::Runtime,
     library: Library,
     #[expect(dead_code, reason = "held, not read")]
@@ -163,7 +175,13 @@ impl Plan {
         #[expect(unsafe_code, reason = "memory that the plan shares")]
         // SAFETY: `keep` holds a share in every operand's memory. As for `attention`, the caller may not write to it
         // from another thread meanwhile.
-        let work = || unsafe { self.call.run(&self.runtime, stream) };
+        let work = || unsafe {
+            // Busy in another thread, or in this one's logger: the long way.
+            match self.ready.as_ref().and_then(|ready| ready.try_lock().ok()) {
+                Some(mut ready) => ready.launch(stream),
+                None => self.call.run(&self.runtime, stream),
+            }
+        };
         if self.runtime.device() == Device::Cpu { py.detach(work) } else { work() }
     }
 

@@ -10,7 +10,7 @@ const BATCH: usize = OUTER;
 const HEADS: usize = OUTER + 1;
 
 /// Everything about a call but its tensors, in SDPA's words and types.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Options {
     pub(crate) dropout_p: f64,
     pub(crate) is_causal: bool,

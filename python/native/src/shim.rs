@@ -4,13 +4,14 @@
 //! So one build serves every torch from there on. [`SYMBOLS`] is the list that tests compare with the installed torch.
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::marker::PhantomData;
 use std::ptr;
 use std::sync::OnceLock;
 
 use flashcore::{DType, Device};
 use libloading::os::unix::{Library, RTLD_NOW};
 
-use crate::errors::{Failure, Result, unsupported};
+use crate::errors::{Failure, Result, invalid, unsupported};
 use crate::operand::{MAX_RANK, Operand, Role, bad_dtype};
 
 /// Finds a library that is loaded, and loads none.
@@ -93,7 +94,7 @@ pub(crate) struct Torch {
 
 /// # Safety
 /// `T` is the function's type.
-unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Option<T> {
+pub(crate) unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Option<T> {
     // SAFETY: the caller's promise.
     unsafe { library.get::<T>(name.as_bytes()) }.ok().map(|symbol| *symbol)
 }
@@ -102,7 +103,8 @@ fn too_old(what: &str) -> Failure {
     unsupported(format!("this torch has no {what}; torch 2.10 or newer has"))
 }
 
-fn loaded(name: &str) -> Option<Library> {
+/// A library that the program has loaded.
+pub(crate) fn loaded(name: &str) -> Option<Library> {
     // SAFETY: a library that is loaded already runs no initialisers.
     unsafe { Library::open(Some(name), RTLD_NOW | RTLD_NOLOAD) }.ok()
 }
@@ -191,6 +193,14 @@ impl Torch {
     /// The place holds a `Tensor`, which nobody else takes.
     pub(crate) unsafe fn take_tensor(&'static self, value: Value) -> Tensor {
         Tensor { torch: self, handle: ptr::with_exposed_provenance_mut(value as usize) }
+    }
+
+    /// Names a tensor that is another's.
+    ///
+    /// # Safety
+    /// `handle` points to an `at::Tensor` that lives during `'a`.
+    pub(crate) unsafe fn borrow<'a>(&'static self, handle: Handle) -> TensorRef<'a> {
+        TensorRef { torch: self, handle, owner: PhantomData }
     }
 
     /// Takes the argument at a place of an operator's stack.
@@ -368,30 +378,74 @@ impl Tensor {
         done(unsafe { (self.torch.symbols.aoti_torch_copy_)(self.handle, source.handle, 0) }, "copy a tensor")
     }
 
+    pub(crate) fn borrow(&self) -> TensorRef<'_> {
+        TensorRef { torch: self.torch, handle: self.handle, owner: PhantomData }
+    }
+
     /// The tensor as plain numbers.
     pub(crate) fn read(&self, role: &'static Role) -> Result<Operand> {
+        self.borrow().read(role)
+    }
+}
+
+/// A tensor that is another's.
+#[derive(Clone, Copy)]
+pub(crate) struct TensorRef<'a> {
+    torch: &'static Torch,
+    handle: Handle,
+    owner: PhantomData<&'a ()>,
+}
+
+impl TensorRef<'_> {
+    /// The place of the `at::Tensor`.
+    pub(crate) fn handle(self) -> *const c_void {
+        self.handle
+    }
+
+    /// The address of the first element.
+    #[inline]
+    pub(crate) fn address(self) -> Result<u64> {
+        let mut data = ptr::null_mut();
+        // SAFETY: the handle is live, and `data` has room for what is asked.
+        done(
+            unsafe { (self.torch.symbols.aoti_torch_get_data_ptr)(self.handle, &mut data) },
+            "find a tensor's memory",
+        )?;
+        Ok(data.addr() as u64)
+    }
+
+    /// The tensor as plain numbers.
+    #[inline]
+    pub(crate) fn read(self, role: &'static Role) -> Result<Operand> {
         let symbols = &self.torch.symbols;
         let (mut rank, mut scalar, mut kind, mut index) = (0, 0, 0, 0);
         let (mut sizes, mut strides, mut data) = (ptr::null(), ptr::null(), ptr::null_mut());
         // SAFETY: the handle is live, and each place has room for what is asked.
-        unsafe {
-            let status = (symbols.aoti_torch_get_dim)(self.handle, &mut rank)
-                | (symbols.aoti_torch_get_sizes)(self.handle, &mut sizes)
-                | (symbols.aoti_torch_get_strides)(self.handle, &mut strides)
+        let status = unsafe {
+            (symbols.aoti_torch_get_dim)(self.handle, &mut rank)
                 | (symbols.aoti_torch_get_dtype)(self.handle, &mut scalar)
                 | (symbols.aoti_torch_get_device_type)(self.handle, &mut kind)
                 | (symbols.aoti_torch_get_device_index)(self.handle, &mut index)
-                | (symbols.aoti_torch_get_data_ptr)(self.handle, &mut data);
-            done(status, "describe a tensor")?;
+                | (symbols.aoti_torch_get_sizes)(self.handle, &mut sizes)
+                | (symbols.aoti_torch_get_strides)(self.handle, &mut strides)
+                | (symbols.aoti_torch_get_data_ptr)(self.handle, &mut data)
+        };
+        let unreadable =
+            |given: String| Failure::Unreadable(invalid(role.name, given, "a dense tensor on cpu or cuda"));
+        if status != 0 {
+            return Err(unreadable("a tensor without sizes, strides and memory (nested or sparse)".into()));
         }
         let device = match kind {
             DEVICE_CPU => Device::Cpu,
             DEVICE_CUDA => Device::Cuda(index.unsigned_abs()),
-            other => return Err(unsupported(format!("{}: torch device type {other}", role.name))),
+            other => return Err(unreadable(format!("a tensor on torch's device type {other}"))),
         };
         let dtype = dtype(scalar).ok_or_else(|| bad_dtype(role, &scalar_name(scalar)))?;
         // SAFETY: both have `rank` numbers, which live as long as the tensor.
         let (sizes, strides) = unsafe { (list(sizes, rank), list(strides, rank)) };
+        if data.is_null() && !sizes.contains(&0) {
+            return Err(unreadable("a tensor without memory".into()));
+        }
         Ok(Operand::new(role, device, data.addr() as u64, dtype, sizes, strides)?)
     }
 }
@@ -418,8 +472,25 @@ fn scalar_type(dtype: DType) -> i32 {
     SCALAR_TYPES.iter().find(|(_, known)| *known == dtype).map_or(-1, |(number, _)| *number)
 }
 
+/// torch's names of the element types that it numbers, where they are not ours.
 fn scalar_name(scalar: i32) -> String {
-    const NAMES: [&str; 5] = ["uint8", "int8", "int16", "int32", "int64"];
-    let name = usize::try_from(scalar).ok().and_then(|scalar| NAMES.get(scalar));
-    name.map_or_else(|| format!("number {scalar} of torch"), |name| (*name).to_owned())
+    const NAMES: [(i32, &str); 15] = [
+        (0, "uint8"),
+        (1, "int8"),
+        (2, "int16"),
+        (3, "int32"),
+        (4, "int64"),
+        (8, "complex32"),
+        (9, "complex64"),
+        (10, "complex128"),
+        (23, "float8_e5m2"),
+        (24, "float8_e4m3fn"),
+        (25, "float8_e5m2fnuz"),
+        (26, "float8_e4m3fnuz"),
+        (27, "uint16"),
+        (28, "uint32"),
+        (29, "uint64"),
+    ];
+    let name = NAMES.iter().find(|(number, _)| *number == scalar).map(|(_, name)| *name);
+    name.map_or_else(|| format!("number {scalar} of torch"), str::to_owned)
 }

@@ -1,0 +1,239 @@
+//! What torch knows of a tensor and of the current thread, by functions of its C++ libraries.
+//!
+//! To ask through Python takes longer than all the rest of a call; these functions take nanoseconds. They are no stable
+//! interface. So each is found by its mangled name, which holds the types that it takes, and all are tried on tensors
+//! whose answers Python gives too. Where one is missing, or one answer differs, none is used, and everything is asked
+//! through Python and DLPack ([`crate::quiet`], [`crate::dlpack`]).
+
+use std::ffi::c_void;
+
+use libloading::os::unix::Library;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::errors::Result;
+use crate::operand::{MAX_RANK, Operand, QUERY, Role};
+use crate::plain::{Classes, Plain};
+use crate::quiet::State;
+use crate::shim::{self, TensorRef};
+
+macro_rules! functions {
+    ($($field:ident = $library:literal $symbol:literal fn($($arg:ty)?) -> $ret:ty;)*) => {
+        struct Functions {
+            $($field: unsafe extern "C-unwind" fn($($arg)?) -> $ret,)*
+            /// What is called must stay loaded.
+            _libraries: Vec<Library>,
+        }
+
+        impl Functions {
+            fn find() -> Option<Self> {
+                let mut libraries = Vec::new();
+                $(
+                    let library = shim::loaded($library)?;
+                    // SAFETY: the mangled name holds the types of the parameters, of which an enumeration of 16 bits
+                    // comes in a register of at least 32; `agrees` tries what each gives back.
+                    let $field = unsafe { shim::symbol(&library, concat!($symbol, "\0")) }?;
+                    libraries.push(library);
+                )*
+                Some(Self { $($field,)* _libraries: libraries })
+            }
+        }
+    };
+}
+
+functions! {
+    // c10::impl::tls_is_dispatch_key_included(c10::DispatchKey)
+    key_included = "libc10.so" "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE" fn(u32) -> bool;
+    // c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey)
+    key_excluded = "libc10.so" "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE" fn(u32) -> bool;
+    // c10::GradMode::is_enabled()
+    grad_enabled = "libc10.so" "_ZN3c108GradMode10is_enabledEv" fn() -> bool;
+    // c10::TensorImpl::requires_grad() const
+    requires_grad = "libc10.so" "_ZNK3c1010TensorImpl13requires_gradEv" fn(*const c_void) -> bool;
+    // at::impl::torch_function_mode_enabled()
+    function_mode = "libtorch_cpu.so" "_ZN2at4impl27torch_function_mode_enabledEv" fn() -> bool;
+    // at::native::is_neg(at::Tensor const&)
+    is_neg = "libtorch_cpu.so" "_ZN2at6native6is_negERKNS_6TensorE" fn(*const c_void) -> bool;
+    // THPVariable_Wrap(at::TensorBase const&)
+    wrap = "libtorch_python.so" "_Z16THPVariable_WrapRKN2at10TensorBaseE" fn(*const c_void) -> *mut ffi::PyObject;
+}
+
+/// Keys of the dispatcher that a thread includes while something is on: a mode (also of tracers that come before the
+/// dispatcher, or dispatch in Python), a function transform, a trace.
+const INCLUDED: [&str; 5] = ["Python", "PreDispatch", "PythonDispatcher", "FuncTorchDynamicLayerFrontMode", "Tracer"];
+/// Keys that a thread excludes while autocast is off. Autocast of other devices does nothing to our tensors.
+const EXCLUDED: [&str; 2] = ["AutocastCPU", "AutocastCUDA"];
+
+/// The running torch from the inside.
+pub(crate) struct Internals {
+    torch: &'static shim::Torch,
+    functions: Functions,
+    /// Bytes from the start of a tensor's Python object to its `at::Tensor`.
+    place: usize,
+    included: [u32; INCLUDED.len()],
+    excluded: [u32; EXCLUDED.len()],
+    forward_ad: Py<PyDict>,
+    forward_level: Py<PyAny>,
+    /// The level outside of forward-mode differentiation, one of Python's unique small integers.
+    no_level: Py<PyAny>,
+}
+
+impl Internals {
+    /// `None` where anything is not as expected; then nothing of this may be used.
+    pub(crate) fn find(torch: &Bound<'_, PyAny>, classes: &Classes) -> Option<Self> {
+        let found =
+            Self::look(torch, classes).inspect_err(|error| log::debug!("torch's C++ functions are not used: {error}"));
+        found.ok().flatten()
+    }
+
+    fn look(torch: &Bound<'_, PyAny>, classes: &Classes) -> PyResult<Option<Self>> {
+        let py = torch.py();
+        let (Some(functions), Ok(shims)) = (Functions::find(), shim::Torch::get()) else { return Ok(None) };
+        let samples = samples(torch)?;
+        let Some(samples) = samples.iter().map(|sample| classes.plain(sample)).collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        let Some(place) = place(&samples)? else { return Ok(None) };
+        let internals = Self {
+            torch: shims,
+            functions,
+            place,
+            included: keys(torch, INCLUDED)?,
+            excluded: keys(torch, EXCLUDED)?,
+            forward_ad: py.import("torch.autograd.forward_ad")?.dict().unbind(),
+            forward_level: "_current_level".into_pyobject(py)?.into_any().unbind(),
+            no_level: (-1_i64).into_pyobject(py)?.into_any().unbind(),
+        };
+        Ok(internals.agrees(torch, &samples)?.then_some(internals))
+    }
+
+    /// The functions of libtorch's stable interface.
+    pub(crate) fn torch(&self) -> &'static shim::Torch {
+        self.torch
+    }
+
+    /// Whether every answer is the one that Python gives.
+    fn agrees(&self, torch: &Bound<'_, PyAny>, samples: &[Plain<'_, '_>]) -> PyResult<bool> {
+        for &sample in samples {
+            let object = sample.object();
+            let same = self.is_neg(sample)? == object.call_method0("is_neg")?.is_truthy()?
+                && self.requires_grad(sample)? == object.getattr("requires_grad")?.is_truthy()?
+                && self.read(&QUERY, sample).is_ok_and(|operand| describes(&operand, object).unwrap_or(false))
+                && self.wrap(object.py(), self.tensor(sample))?.is(object);
+            if !same {
+                return Ok(false);
+            }
+        }
+        let grad = torch.call_method0("is_grad_enabled")?.is_truthy()?;
+        let autocast = torch.getattr("_C")?.call_method0("_is_any_autocast_enabled")?.is_truthy()?;
+        Ok(self.grad_enabled(torch.py())? == grad && self.all_off(torch.py())? != autocast)
+    }
+
+    /// The `at::Tensor` of a Python object.
+    #[inline]
+    fn tensor<'a>(&self, tensor: Plain<'a, '_>) -> TensorRef<'a> {
+        let handle = tensor.object().as_ptr().cast::<u8>().wrapping_add(self.place).cast();
+        // SAFETY: in the objects of both classes there is an `at::Tensor` at this place (`place`), which lives as long
+        // as the object, and the object as long as it is borrowed.
+        unsafe { self.torch.borrow(handle) }
+    }
+
+    /// A tensor as plain numbers.
+    #[inline]
+    pub(crate) fn read(&self, role: &'static Role, tensor: Plain<'_, '_>) -> Result<Operand> {
+        self.tensor(tensor).read(role)
+    }
+
+    /// The Python object of a tensor.
+    pub(crate) fn wrap<'py>(&self, py: Python<'py>, tensor: TensorRef<'_>) -> PyResult<Bound<'py, PyAny>> {
+        // SAFETY: the argument is a live `at::Tensor`; the result is a new reference, or null with an exception set.
+        unsafe { Bound::from_owned_ptr_or_err(py, (self.functions.wrap)(tensor.handle())) }
+    }
+}
+
+impl State for Internals {
+    #[inline]
+    fn all_off(&self, py: Python<'_>) -> PyResult<bool> {
+        let Functions { key_included, key_excluded, function_mode, .. } = self.functions;
+        // SAFETY: the functions take a key or nothing, and read variables of the thread.
+        let off = unsafe {
+            !self.included.iter().any(|&key| key_included(key))
+                && self.excluded.iter().all(|&key| key_excluded(key))
+                && !function_mode()
+        };
+        let level = || self.forward_ad.bind(py).get_item(&self.forward_level);
+        Ok(off && level()?.is_none_or(|level| level.is(&self.no_level)))
+    }
+
+    #[inline]
+    fn grad_enabled(&self, _py: Python<'_>) -> PyResult<bool> {
+        // SAFETY: the function takes nothing, and reads a variable of the thread.
+        Ok(unsafe { (self.functions.grad_enabled)() })
+    }
+
+    #[inline]
+    fn requires_grad(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
+        // SAFETY: an `at::Tensor` is a pointer to the live `TensorImpl` that is asked.
+        Ok(unsafe { (self.functions.requires_grad)(*self.tensor(tensor).handle().cast()) })
+    }
+
+    #[inline]
+    fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
+        // SAFETY: the argument is a live `at::Tensor`.
+        Ok(unsafe { (self.functions.is_neg)(self.tensor(tensor).handle()) })
+    }
+}
+
+/// Tensors that differ in everything that is asked.
+fn samples<'py>(torch: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let plain = torch.call_method1("zeros", ((2, 3, 4),))?;
+    let half = plain.call_method0("half")?;
+    let moved = half.call_method1("transpose", (0, 2))?.get_item(1)?;
+    let negative = torch.call_method1("_neg_view", (&plain,))?;
+    let parameter = torch.getattr("nn")?.call_method1("Parameter", (&plain,))?;
+    Ok(vec![plain, half, moved, negative, parameter])
+}
+
+/// Where all of these objects keep the pointer that Python calls `_cdata`: an `at::Tensor`, which is nothing else.
+/// `None` unless there is one such place, within the objects of every class.
+fn place(samples: &[Plain<'_, '_>]) -> PyResult<Option<usize>> {
+    const WORD: usize = size_of::<usize>();
+    let mut places: Option<Vec<usize>> = None;
+    for sample in samples {
+        let object = sample.object();
+        let size: usize = object.get_type().getattr("__basicsize__")?.extract()?;
+        let pointer: usize = object.getattr("_cdata")?.extract()?;
+        let holds = |&offset: &usize| {
+            let word = object.as_ptr().cast::<u8>().wrapping_add(offset).cast::<usize>();
+            // SAFETY: an object is as large as its type says, and aligned to words.
+            unsafe { word.read() == pointer }
+        };
+        let within = (0..size / WORD).map(|word| word * WORD).filter(holds);
+        places = Some(within.filter(|offset| places.as_ref().is_none_or(|all| all.contains(offset))).collect());
+    }
+    Ok(places.and_then(|places| <[usize; 1]>::try_from(places).ok()).map(|[place]| place))
+}
+
+/// The dispatcher's numbers of its keys.
+fn keys<const N: usize>(torch: &Bound<'_, PyAny>, names: [&str; N]) -> PyResult<[u32; N]> {
+    let parse = torch.getattr("_C")?.getattr("_dispatch_key_parse")?;
+    let mut numbers = [0; N];
+    for (number, name) in numbers.iter_mut().zip(names) {
+        *number = parse.call1((name,))?.call_method0("__int__")?.extract()?;
+    }
+    Ok(numbers)
+}
+
+/// Whether Python describes a tensor in the same way.
+fn describes(operand: &Operand, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let own = MAX_RANK - operand.rank..;
+    let shape: Vec<usize> = tensor.call_method0("size")?.extract()?;
+    let strides: Vec<i64> = tensor.call_method0("stride")?.extract()?;
+    let address: u64 = tensor.call_method0("data_ptr")?.extract()?;
+    let size: usize = tensor.call_method0("element_size")?.extract()?;
+    Ok(operand.shape[own.clone()] == shape
+        && operand.strides[own] == strides
+        && operand.address == address
+        && operand.dtype.size() == size)
+}
