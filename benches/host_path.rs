@@ -1,49 +1,36 @@
-//! `host-path [ROUNDS]`: what a call costs the host from Rust, as one line of JSON: nanoseconds a call of every path, round
-//! by round, the paths in turn within a round. For machines without cargo; `benches/overhead.py` reads it.
+//! The Rust ways to make a call, for `benches/overhead.py` to measure among its own, in its process.
 
-use std::process::ExitCode;
+use std::cell::RefCell;
 
 use flashcore::{Result, Runtime};
-use flashcore_benches::{BATCH, Calls, Path, SHAPE, idle_runtime};
 
-fn measure(runtime: Runtime, rounds: usize) -> Result<String> {
-    let device = runtime.device_info().map(|info| info.name.clone()).unwrap_or_default();
-    let mut calls = Calls::new(runtime)?;
-    let kernel = calls.kernel()?;
-    let mut figures: [Vec<String>; Path::ALL.len()] = Default::default();
-    for round in 0..rounds + 2 {
-        for (figures, path) in figures.iter_mut().zip(Path::ALL) {
-            let nanoseconds = calls.time(path, BATCH)?.as_nanos() as f64 / BATCH as f64;
-            // The first rounds warm caches and clocks.
-            if round >= 2 {
-                figures.push(format!("{nanoseconds:.1}"));
-            }
-        }
-    }
-    let paths: Vec<_> = Path::ALL
-        .iter()
-        .zip(&figures)
-        .map(|(path, figures)| format!(r#""{}": [{}]"#, path.name(), figures.join(", ")))
-        .collect();
-    let head = format!(r#""device": "{device}", "kernel": "{kernel}", "shape": {SHAPE:?}, "calls": {BATCH}"#);
-    Ok(format!(r#"{{{head}, "paths": {{{}}}}}"#, paths.join(", ")))
+use crate::{Calls, Path, idle_runtime};
+
+thread_local! {
+    static CALLS: RefCell<Option<Calls>> = const { RefCell::new(None) };
 }
 
-#[expect(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
-fn main() -> ExitCode {
-    let rounds = std::env::args().nth(1).and_then(|rounds| rounds.parse().ok()).unwrap_or(200);
-    let runtime = Runtime::cuda(0).or_else(|error| {
-        eprintln!("{error}; measuring on a driver that does nothing");
-        idle_runtime()
-    });
-    match runtime.and_then(|runtime| measure(runtime, rounds)) {
-        Ok(line) => {
-            println!("{line}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
+/// Nanoseconds of the host for one of `count` calls made in the way of this number in [`Path::ALL`]: on the first GPU, or
+/// without one on a driver that does nothing. NaN for a failure, which goes to stderr. The queue is emptied before.
+#[expect(unsafe_code, reason = "a name for other languages, which nothing else has")]
+#[unsafe(no_mangle)]
+pub extern "C" fn flashcore_host_path(path: u32, count: u64) -> f64 {
+    measure(path as usize, count).unwrap_or_else(|error| {
+        #[expect(clippy::print_stderr, reason = "there is nobody else to tell")]
+        {
             eprintln!("{error}");
-            ExitCode::FAILURE
         }
-    }
+        f64::NAN
+    })
+}
+
+fn measure(path: usize, count: u64) -> Result<f64> {
+    let Some(&path) = Path::ALL.get(path) else { return Ok(f64::NAN) };
+    CALLS.with_borrow_mut(|calls| {
+        let calls = match calls {
+            Some(calls) => calls,
+            none => none.insert(Calls::new(Runtime::cuda(0).or_else(|_| idle_runtime())?)?),
+        };
+        Ok(calls.time(path, count)?.as_nanos() as f64 / count as f64)
+    })
 }

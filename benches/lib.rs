@@ -1,5 +1,7 @@
 //! What the benchmarks share.
 
+mod host_path;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -1,12 +1,14 @@
 """What an attention call costs the host, by the way it is made.
 
-    python benches/overhead.py --json OUT [--host-path PROGRAM] [--commit COMMIT] [--rounds N] [--device cpu]
+    python benches/overhead.py --json OUT [--rust LIBRARY] [--commit COMMIT] [--rounds N] [--device cpu]
 
-PROGRAM is `host-path` (`cargo build --release -p flashcore-benches`), the same calls from Rust. Kinds of rows:
+LIBRARY is `libflashcore_benches.so` (`cargo build --release -p flashcore-benches --lib`), which makes the same calls
+from Rust, in this process. Kinds of rows:
 
 - `path`: nanoseconds of the host for one call of (8, 8, 128, 64), f16, out of 200 in a row, which keep the queue from
-  running empty; the device is waited for between them. All ways in turn within each round, with autograd on ("grad")
-  and in inference_mode ("inference"). `raw` is the launch alone, from Rust: every other row is to be read against it.
+  running empty; the device is waited for between them. All ways in turn within each round, with autograd on ("grad"),
+  in inference_mode ("inference"), and from Rust ("rust"). `raw` is the launch alone: every other row is to be read
+  against it.
 - `floor`: a whole call with an empty queue that launches a kernel which does nothing.
 - `configuration`: the nine small configurations of `first_light.py`: whole calls with an empty queue, and device times.
 - `graph`: a decode step of 32 layers in a CUDA graph: host time of a replay, device time, and the same eagerly.
@@ -20,10 +22,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -163,26 +165,52 @@ def modes() -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
     return {"grad": contextlib.nullcontext, "inference": torch.inference_mode}
 
 
-def paths(device: str, rounds: int, seed: int) -> Iterator[Row]:
+# In the library's order.
+RUST = ("raw", "prepared", "repeated", "first_seen")
+
+
+def rust_ways(library: Path) -> dict[str, Callable[[], float]]:
+    """The same calls from Rust: each way gives nanoseconds of the host for one of `CALLS` calls."""
+    measure = ctypes.CDLL(str(library)).flashcore_host_path
+    measure.argtypes, measure.restype = (ctypes.c_uint32, ctypes.c_uint64), ctypes.c_double
+    return {name: functools.partial(measure, number, CALLS) for number, name in enumerate(RUST)}
+
+
+def turns(device: str, rust: Path | None) -> dict[tuple[str, str], Callable[[], float]]:
+    """Every way in every mode: one measurement of it, in nanoseconds of the host for a call."""
+
+    def turn(name: str, mode: str, call: Call) -> float:
+        with modes()[mode](), context_of(name, device):
+            return host_ns(call)
+
+    found: dict[tuple[str, str], Callable[[], float]] = {
+        (name, mode): functools.partial(turn, name, mode, call)
+        for name, call in ways(device).items()
+        for mode in modes()
+    }
+    for name, measure in (rust_ways(rust) if rust else {}).items():
+        found[name, "rust"] = measure
+    return found
+
+
+def paths(device: str, rounds: int, seed: int, rust: Path | None) -> Iterator[Row]:
     """Every way in every mode, in random order within each round."""
     figures: dict[tuple[str, str], list[float]] = {}
     failed: dict[tuple[str, str], str] = {}
-    made = ways(device)
-    turns = [(name, mode) for name in made for mode in modes()]
+    every = turns(device, rust)
     shuffle = random.Random(seed)
     for done in range(-2, rounds):
-        for name, mode in shuffle.sample(turns, len(turns)):
-            if (name, mode) in failed:
+        for way in shuffle.sample(list(every), len(every)):
+            if way in failed:
                 continue
             try:
-                with modes()[mode](), context_of(name, device):
-                    nanoseconds = host_ns(made[name])
+                nanoseconds = every[way]()
             except Exception as error:
-                failed[name, mode] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                failed[way] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 continue
             if done >= 0:
-                figures.setdefault((name, mode), []).append(nanoseconds)
-    for name, mode in turns:
+                figures.setdefault(way, []).append(nanoseconds)
+    for name, mode in every:
         head = {"kind": "path", "name": name, "mode": mode}
         if (name, mode) in failed:
             yield head | {"error": failed[name, mode]}
@@ -197,24 +225,6 @@ def context_of(name: str, device: str) -> contextlib.AbstractContextManager[Any]
         return flashcore.sdpa_override((device,))
     backend = BACKENDS.get(name.removeprefix("SDPA, "))
     return sdpa_kernel(backend) if backend is not None else contextlib.nullcontext()
-
-
-def rust_paths(program: Path, rounds: int) -> list[Row]:
-    """The same calls from Rust, in a process of their own."""
-    done = subprocess.run([program, str(rounds)], capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
-    return [
-        {
-            "kind": "path",
-            "name": name,
-            "mode": "rust",
-            "kernel": report["kernel"],
-            "device": report["device"],
-            "median_ns": statistics.median(found),
-            "rounds_ns": found,
-        }
-        for name, found in report["paths"].items()
-    ]
 
 
 def floor_rows(rounds: int) -> Iterator[Row]:
@@ -296,15 +306,14 @@ def show(row: Row) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--host-path", type=Path)
+    parser.add_argument("--rust", type=Path)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    rows = rust_paths(args.host_path, args.rounds) if args.host_path else []
-    rows += paths(args.device, args.rounds, args.seed)
+    rows = list(paths(args.device, args.rounds, args.seed, args.rust))
     if args.device == "cuda":
         with torch.inference_mode():
             rows += floor_rows(args.rounds)
