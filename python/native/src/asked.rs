@@ -4,9 +4,9 @@ use flashcore::{DType, Device};
 
 use crate::call::Inputs;
 use crate::errors::Result;
-use crate::operand::{LSE, MAX_RANK, OUT, Operand};
+use crate::operand::{ATTN_MASK, KEY, LSE, MAX_RANK, OUT, Operand, QUERY, VALUE};
 use crate::sdpa::{Options, broadcast, out_shape, out_strides};
-use crate::shim::{Tensor, Torch};
+use crate::shim::{Look, Tensor, Torch};
 
 /// The arguments of a call, with tensors as plain numbers.
 #[derive(Clone, Copy, Debug)]
@@ -17,7 +17,6 @@ pub(crate) struct Asked {
     pub(crate) attn_mask: Option<Operand>,
     /// Where the caller wants the result.
     pub(crate) out: Option<Operand>,
-    pub(crate) return_lse: bool,
     pub(crate) options: Options,
 }
 
@@ -30,20 +29,30 @@ impl Asked {
         broadcast(&mut inputs, self.options.enable_gqa)?;
         Ok(inputs)
     }
+}
 
-    /// Whether another call differs in nothing but the addresses of its tensors.
-    pub(crate) fn is_like(&self, other: &Self) -> bool {
-        let both = |one: &Option<Operand>, other: &Option<Operand>| match (one, other) {
-            (Some(one), Some(other)) => one.is_like(other),
-            (one, other) => one.is_none() && other.is_none(),
-        };
-        self.query.is_like(&other.query)
-            && self.key.is_like(&other.key)
-            && self.value.is_like(&other.value)
-            && both(&self.attn_mask, &other.attn_mask)
-            && both(&self.out, &other.out)
-            && self.return_lse == other.return_lse
-            && self.options == other.options
+/// A call on torch's tensors, as it came.
+pub(crate) struct TorchCall<'a> {
+    pub(crate) query: Look<'a>,
+    pub(crate) key: Look<'a>,
+    pub(crate) value: Look<'a>,
+    pub(crate) attn_mask: Option<Look<'a>>,
+    /// Where the caller wants the result.
+    pub(crate) out: Option<Look<'a>>,
+    pub(crate) return_lse: bool,
+    pub(crate) options: Options,
+}
+
+impl TorchCall<'_> {
+    pub(crate) fn asked(&self) -> Result<Asked> {
+        Ok(Asked {
+            query: self.query.operand(&QUERY)?,
+            key: self.key.operand(&KEY)?,
+            value: self.value.operand(&VALUE)?,
+            attn_mask: self.attn_mask.map(|mask| mask.operand(&ATTN_MASK)).transpose()?,
+            out: self.out.map(|out| out.operand(&OUT)).transpose()?,
+            options: self.options,
+        })
     }
 }
 
@@ -64,26 +73,34 @@ impl Results {
         Self { dtype, device, shape, rank, strides: out_strides(&inputs.query, &shape) }
     }
 
-    /// A new output, and where it is.
-    pub(crate) fn new_out(&self, torch: &'static Torch) -> Result<(Tensor, Operand)> {
-        let &Self { dtype, device, shape, rank, strides } = self;
-        let own = MAX_RANK - rank..;
-        let tensor = torch.empty(&shape[own.clone()], &strides[own], dtype, device)?;
-        let address = tensor.borrow().address()?;
-        Ok((tensor, Operand { role: &OUT, device, address, dtype, rank, shape, strides }))
+    /// A new output.
+    #[inline]
+    pub(crate) fn new_out(&self, torch: &'static Torch) -> Result<Tensor> {
+        let own = MAX_RANK - self.rank..;
+        torch.empty(&self.shape[own.clone()], &self.strides[own], self.dtype, self.device)
     }
 
-    /// A new log-sum-exp, contiguous, and where it is.
-    pub(crate) fn new_lse(&self, torch: &'static Torch) -> Result<(Tensor, Operand)> {
+    /// An output at an address.
+    pub(crate) fn out(&self, address: u64) -> Operand {
+        let &Self { dtype, device, shape, rank, strides } = self;
+        Operand { role: &OUT, device, address, dtype, rank, shape, strides }
+    }
+
+    /// A new log-sum-exp, contiguous.
+    pub(crate) fn new_lse(&self, torch: &'static Torch) -> Result<Tensor> {
+        let Operand { shape, strides, device, .. } = self.lse(0);
+        let own = MAX_RANK - self.rank..MAX_RANK - 1;
+        torch.empty(&shape[own.clone()], &strides[own], DType::F32, device)
+    }
+
+    /// A log-sum-exp at an address.
+    pub(crate) fn lse(&self, address: u64) -> Operand {
         let &Self { device, mut shape, rank, .. } = self;
         shape[MAX_RANK - 1] = 1;
         let mut strides = [1; MAX_RANK];
         for dim in (0..MAX_RANK - 1).rev() {
             strides[dim] = strides[dim + 1] * shape[dim + 1].max(1) as i64;
         }
-        let own = MAX_RANK - rank..MAX_RANK - 1;
-        let tensor = torch.empty(&shape[own.clone()], &strides[own], DType::F32, device)?;
-        let address = tensor.borrow().address()?;
-        Ok((tensor, Operand { role: &LSE, device, address, dtype: DType::F32, rank, shape, strides }))
+        Operand { role: &LSE, device, address, dtype: DType::F32, rank, shape, strides }
     }
 }

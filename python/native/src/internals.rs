@@ -7,16 +7,17 @@
 
 use std::ffi::c_void;
 
+use flashcore::Device;
 use libloading::os::unix::Library;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{IntoPyDict, PyDict};
 
 use crate::errors::Result;
-use crate::operand::{MAX_RANK, Operand, QUERY, Role};
+use crate::operand::{QUERY, Role};
 use crate::plain::{Classes, Plain};
 use crate::quiet::State;
-use crate::shim::{self, TensorRef};
+use crate::shim::{self, Look, TensorRef};
 
 macro_rules! functions {
     ($($field:ident = $library:literal $symbol:literal fn($($arg:ty)?) -> $ret:ty;)*) => {
@@ -82,12 +83,12 @@ pub(crate) struct Internals {
 impl Internals {
     /// `None` where anything is not as expected; then nothing of this may be used.
     pub(crate) fn find(torch: &Bound<'_, PyAny>, classes: &Classes) -> Option<Self> {
-        let found =
-            Self::look(torch, classes).inspect_err(|error| log::debug!("torch's C++ functions are not used: {error}"));
+        let found = Self::search(torch, classes)
+            .inspect_err(|error| log::debug!("torch's C++ functions are not used: {error}"));
         found.ok().flatten()
     }
 
-    fn look(torch: &Bound<'_, PyAny>, classes: &Classes) -> PyResult<Option<Self>> {
+    fn search(torch: &Bound<'_, PyAny>, classes: &Classes) -> PyResult<Option<Self>> {
         let py = torch.py();
         let (Some(functions), Ok(shims)) = (Functions::find(), shim::Torch::get()) else { return Ok(None) };
         let samples = samples(torch)?;
@@ -119,7 +120,7 @@ impl Internals {
             let object = sample.object();
             let same = self.is_neg(sample)? == object.call_method0("is_neg")?.is_truthy()?
                 && self.requires_grad(sample)? == object.getattr("requires_grad")?.is_truthy()?
-                && self.read(&QUERY, sample).is_ok_and(|operand| describes(&operand, object).unwrap_or(false))
+                && self.look(&QUERY, sample).is_ok_and(|look| describes(&look, object).unwrap_or(false))
                 && self.wrap(object.py(), self.tensor(sample))?.is(object);
             if !same {
                 return Ok(false);
@@ -139,10 +140,10 @@ impl Internals {
         unsafe { self.torch.borrow(handle) }
     }
 
-    /// A tensor as plain numbers.
+    /// What a tensor says of itself.
     #[inline]
-    pub(crate) fn read(&self, role: &'static Role, tensor: Plain<'_, '_>) -> Result<Operand> {
-        self.tensor(tensor).read(role)
+    pub(crate) fn look<'a>(&self, role: &'static Role, tensor: Plain<'a, '_>) -> Result<Look<'a>> {
+        self.tensor(tensor).look(role)
     }
 
     /// The Python object of a tensor.
@@ -187,7 +188,8 @@ impl State for Internals {
 
 /// Tensors that differ in everything that is asked.
 fn samples<'py>(torch: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let plain = torch.call_method1("zeros", ((2, 3, 4),))?;
+    let device = [("device", "cpu")].into_py_dict(torch.py())?;
+    let plain = torch.call_method("zeros", ((2, 3, 4),), Some(&device))?;
     let half = plain.call_method0("half")?;
     let moved = half.call_method1("transpose", (0, 2))?.get_item(1)?;
     let negative = torch.call_method1("_neg_view", (&plain,))?;
@@ -226,14 +228,14 @@ fn keys<const N: usize>(torch: &Bound<'_, PyAny>, names: [&str; N]) -> PyResult<
 }
 
 /// Whether Python describes a tensor in the same way.
-fn describes(operand: &Operand, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let own = MAX_RANK - operand.rank..;
-    let shape: Vec<usize> = tensor.call_method0("size")?.extract()?;
+fn describes(look: &Look<'_>, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let sizes: Vec<i64> = tensor.call_method0("size")?.extract()?;
     let strides: Vec<i64> = tensor.call_method0("stride")?.extract()?;
     let address: u64 = tensor.call_method0("data_ptr")?.extract()?;
     let size: usize = tensor.call_method0("element_size")?.extract()?;
-    Ok(operand.shape[own.clone()] == shape
-        && operand.strides[own] == strides
-        && operand.address == address
-        && operand.dtype.size() == size)
+    let operand = look.operand(&QUERY).ok();
+    Ok(look.sizes == sizes
+        && look.strides == strides
+        && look.address == address
+        && operand.is_some_and(|operand| operand.dtype.size() == size && operand.device == Device::Cpu))
 }

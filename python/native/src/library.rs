@@ -15,6 +15,7 @@ use crate::operand::{MAX_RANK, OUT, Operand, Role, bad_dtype};
 use crate::plain::{Classes, Plain};
 use crate::quiet::{State, Switches};
 use crate::sdpa::out_strides;
+use crate::shim::Look;
 
 /// The library whose arrays a call is made of.
 #[derive(Clone, Copy)]
@@ -224,7 +225,7 @@ impl Torch {
     pub(crate) fn read(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<Operand> {
         let tensor = self.plain(role, object)?;
         match &self.internals {
-            Some(internals) => internals.read(role, tensor),
+            Some(internals) => internals.look(role, tensor)?.operand(role),
             None => {
                 #[expect(unsafe_code, reason = "the exchange table's contract")]
                 // SAFETY: only `torch.Tensor` and `torch.nn.Parameter` passed; the table is `torch.Tensor`'s.
@@ -233,6 +234,17 @@ impl Torch {
                 }
             }
         }
+    }
+
+    /// What a tensor says of itself.
+    #[inline]
+    pub(crate) fn look<'a>(
+        &self,
+        internals: &Internals,
+        role: &'static Role,
+        object: &'a Bound<'_, PyAny>,
+    ) -> Result<Look<'a>> {
+        internals.look(role, self.plain(role, object)?)
     }
 
     fn share(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<(Operand, Keep)> {

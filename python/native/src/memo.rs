@@ -8,12 +8,12 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use flashcore::Device;
-
-use crate::asked::{Asked, Results};
+use crate::asked::{Results, TorchCall};
 use crate::call::ReadyCall;
 use crate::errors::Result;
-use crate::operand::Operand;
+use crate::operand::MAX_RANK;
+use crate::sdpa::Options;
+use crate::shim::Look;
 
 /// Calls by all but their addresses. A power of two.
 const KINDS: usize = 32;
@@ -22,21 +22,86 @@ const LAUNCHES: usize = 64;
 
 /// A call without its addresses, and what is known of it.
 pub(crate) struct Kind {
-    asked: Asked,
+    query: Outline,
+    key: Outline,
+    value: Outline,
+    attn_mask: Option<Outline>,
+    out: Option<Outline>,
+    return_lse: bool,
+    options: Options,
     pub(crate) results: Results,
     /// No other kind of this thread ever has it.
     number: u64,
 }
 
+/// A tensor without its address.
+struct Outline {
+    rank: usize,
+    sizes: [i64; MAX_RANK],
+    strides: [i64; MAX_RANK],
+    numbers: [i32; 3],
+}
+
+impl Outline {
+    /// Of a tensor that was read as an operand, and so has no more dimensions than that.
+    fn of(look: &Look<'_>) -> Self {
+        let (mut sizes, mut strides) = ([0; MAX_RANK], [0; MAX_RANK]);
+        let rank = look.sizes.len().min(MAX_RANK);
+        sizes[..rank].copy_from_slice(&look.sizes[..rank]);
+        strides[..rank].copy_from_slice(&look.strides[..rank]);
+        Self { rank, sizes, strides, numbers: look.numbers() }
+    }
+
+    #[inline]
+    fn is_of(&self, look: &Look<'_>) -> bool {
+        let &Self { rank, sizes, strides, numbers } = &self;
+        look.sizes == &sizes[..*rank] && look.strides == &strides[..*rank] && look.numbers() == *numbers
+    }
+}
+
+impl Kind {
+    #[inline]
+    fn is_of(&self, call: &TorchCall<'_>) -> bool {
+        let both = |outline: &Option<Outline>, look: &Option<Look<'_>>| match (outline, look) {
+            (Some(outline), Some(look)) => outline.is_of(look),
+            (outline, look) => outline.is_none() && look.is_none(),
+        };
+        self.query.is_of(&call.query)
+            && self.key.is_of(&call.key)
+            && self.value.is_of(&call.value)
+            && both(&self.attn_mask, &call.attn_mask)
+            && both(&self.out, &call.out)
+            && self.return_lse == call.return_lse
+            && self.options == call.options
+    }
+}
+
 /// Where the tensors of a call are; 0 where there is none.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Addresses([u64; 6]);
+pub(crate) struct Addresses {
+    words: [u64; 6],
+}
 
 impl Addresses {
-    pub(crate) fn of(asked: &Asked, out: &Operand, lse: Option<&Operand>) -> Self {
-        let address = |operand: Option<&Operand>| operand.map_or(0, |operand| operand.address);
-        let Asked { query, key, value, attn_mask, .. } = asked;
-        Self([query.address, key.address, value.address, out.address, address(attn_mask.as_ref()), address(lse)])
+    #[inline]
+    pub(crate) fn of(call: &TorchCall<'_>, out: u64, lse: u64) -> Self {
+        let attn_mask = call.attn_mask.map_or(0, |mask| mask.address);
+        Self { words: [call.query.address, call.key.address, call.value.address, out, attn_mask, lse] }
+    }
+
+    /// Of the output.
+    pub(crate) fn out(&self) -> u64 {
+        self.words[3]
+    }
+
+    /// Of the log-sum-exp.
+    pub(crate) fn lse(&self) -> u64 {
+        self.words[5]
+    }
+
+    #[inline]
+    fn place(&self) -> usize {
+        mix(self.words) % LAUNCHES
     }
 }
 
@@ -60,19 +125,26 @@ thread_local! {
 
 /// What this thread knows of calls like this one.
 #[inline]
-pub(crate) fn find(asked: &Asked) -> Option<Rc<Kind>> {
-    if asked.query.device == Device::Cpu {
-        return None;
-    }
-    MEMO.with_borrow(|memo| memo.kinds[place_of(asked)].as_ref().filter(|kind| kind.asked.is_like(asked)).cloned())
+pub(crate) fn find(call: &TorchCall<'_>) -> Option<Rc<Kind>> {
+    MEMO.with_borrow(|memo| memo.kinds[place_of(call)].as_ref().filter(|kind| kind.is_of(call)).cloned())
 }
 
 /// Remembers what the results of a call look like.
-pub(crate) fn learn(asked: &Asked, results: Results) -> Rc<Kind> {
+pub(crate) fn learn(call: &TorchCall<'_>, results: Results) -> Rc<Kind> {
     MEMO.with_borrow_mut(|memo| {
         memo.count += 1;
-        let kind = Rc::new(Kind { asked: *asked, results, number: memo.count });
-        memo.kinds[place_of(asked)] = Some(kind.clone());
+        let kind = Rc::new(Kind {
+            query: Outline::of(&call.query),
+            key: Outline::of(&call.key),
+            value: Outline::of(&call.value),
+            attn_mask: call.attn_mask.as_ref().map(Outline::of),
+            out: call.out.as_ref().map(Outline::of),
+            return_lse: call.return_lse,
+            options: call.options,
+            results,
+            number: memo.count,
+        });
+        memo.kinds[place_of(call)] = Some(kind.clone());
         kind
     })
 }
@@ -106,26 +178,17 @@ fn put(place: usize, launch: Box<Launch>) {
     drop(old);
 }
 
-impl Addresses {
-    #[inline]
-    fn place(&self) -> usize {
-        mix(&self.0) % LAUNCHES
-    }
-}
-
 #[inline]
-fn place_of(asked: &Asked) -> usize {
-    let Asked { query, key, options, out, return_lse, .. } = asked;
-    let [.., batch, heads, seq, head_dim] = query.shape;
-    let [.., heads_kv, seq_k, _] = key.shape;
-    let flags = u64::from(options.is_causal) | u64::from(out.is_some()) << 1 | u64::from(*return_lse) << 2;
-    let words = [batch, heads, seq, head_dim, heads_kv, seq_k].map(|size| size as u64);
-    mix(&words).wrapping_add(flags as usize) % KINDS
+fn place_of(call: &TorchCall<'_>) -> usize {
+    let flags =
+        u64::from(call.options.is_causal) | u64::from(call.out.is_some()) << 1 | u64::from(call.return_lse) << 2;
+    let sizes = call.query.sizes.iter().chain(call.key.sizes).map(|&size| size as u64);
+    mix(sizes.chain([flags])) % KINDS
 }
 
 /// Spreads words over the low bits.
 #[inline]
-fn mix(words: &[u64]) -> usize {
-    let mixed = words.iter().fold(0u64, |hash, word| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29));
-    mixed as usize
+fn mix(words: impl IntoIterator<Item = u64>) -> usize {
+    let step = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    words.into_iter().fold(0u64, step) as usize
 }

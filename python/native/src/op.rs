@@ -13,8 +13,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use flashcore::CausalAlign;
 use pyo3::prelude::*;
 
-use crate::asked::Asked;
+use crate::asked::TorchCall;
 use crate::errors::{Failure, Result, internal};
+use crate::library::Library;
 use crate::operand::{ATTN_MASK, KEY, MAX_RANK, OUT, QUERY, VALUE};
 use crate::sdpa::{Options, elsewhere, out_strides};
 use crate::shim::{SYMBOLS, Sdpa, Tensor, Torch, Value};
@@ -30,13 +31,14 @@ const SCHEMAS: [&CStr; 2] = [
       bool bottom_right=False, bool fallback=True) -> (Tensor, Tensor)",
 ];
 
-/// Adds the operators to the torch that the program has loaded; once.
+/// Adds the operators to the torch that the program has loaded; once. Looks at torch now, while no mode is on.
 #[pyfunction]
-pub(crate) fn register_torch_operators() -> Result<()> {
+pub(crate) fn register_torch_operators(py: Python<'_>) -> Result<()> {
     static REGISTERED: OnceLock<()> = OnceLock::new();
     if REGISTERED.get().is_some() {
         return Ok(());
     }
+    Library::torch(py)?;
     let torch = Torch::get()?;
     torch.define(NAMESPACE, &SCHEMAS)?;
     for key in [c"CPU", c"CUDA"] {
@@ -132,7 +134,7 @@ unsafe fn answer(stack: *mut Value, lse: bool) -> Result<()> {
     // SAFETY: forwarded from the caller.
     let arguments = unsafe { Arguments::take(torch, stack) };
     // SAFETY: the arguments own references to the tensors until the end of this function.
-    let outcome = arguments.asked(lse).and_then(|asked| unsafe { torch_call::run(torch, &asked, None) });
+    let outcome = arguments.call(lse).and_then(|call| unsafe { torch_call::run(torch, &call, None) });
     let made = match outcome {
         Err(failure) if arguments.fallback && !lse => {
             Made { out: Some(arguments.fall_through(torch, failure)?), lse: None }
@@ -183,12 +185,12 @@ impl Arguments {
         }
     }
 
-    fn asked(&self, return_lse: bool) -> Result<Asked> {
-        Ok(Asked {
-            query: self.query.read(&QUERY)?,
-            key: self.key.read(&KEY)?,
-            value: self.value.read(&VALUE)?,
-            attn_mask: self.attn_mask.as_ref().map(|mask| mask.read(&ATTN_MASK)).transpose()?,
+    fn call(&self, return_lse: bool) -> Result<TorchCall<'_>> {
+        Ok(TorchCall {
+            query: self.query.borrow().look(&QUERY)?,
+            key: self.key.borrow().look(&KEY)?,
+            value: self.value.borrow().look(&VALUE)?,
+            attn_mask: self.attn_mask.as_ref().map(|mask| mask.borrow().look(&ATTN_MASK)).transpose()?,
             out: None,
             return_lse,
             options: self.options,
@@ -198,7 +200,7 @@ impl Arguments {
     /// The answer of torch's own SDPA to a call that was refused here, or the refusal.
     fn fall_through(&self, torch: &'static Torch, refusal: Failure) -> Result<Tensor> {
         let Self { query, key, value, options, .. } = self;
-        let Some(reason) = elsewhere(options, &refusal, || self.asked(false).ok()?.inputs().ok()) else {
+        let Some(reason) = elsewhere(options, &refusal, || self.call(false).ok()?.asked().ok()?.inputs().ok()) else {
             return Err(refusal);
         };
         log_fallback(&reason);

@@ -72,16 +72,6 @@ impl Operand {
         Ok(operand)
     }
 
-    /// Whether another tensor differs in nothing but its address.
-    #[inline]
-    pub(crate) fn is_like(&self, other: &Self) -> bool {
-        self.rank == other.rank
-            && self.device == other.device
-            && self.dtype == other.dtype
-            && self.shape == other.shape
-            && self.strides == other.strides
-    }
-
     /// Repeats a dimension of size 1 `size` times; leaves any other as it is.
     pub(crate) fn broadcast(&mut self, dim: usize, size: usize) {
         if self.shape[dim] == 1 && size != 1 {

@@ -4,11 +4,12 @@ use flashcore::CausalAlign;
 use pyo3::prelude::*;
 use pyo3::types::PyNotImplemented;
 
-use crate::asked::{Asked, Results};
+use crate::asked::{Asked, Results, TorchCall};
 use crate::call::Call;
 use crate::errors::{Failure, Result, invalid};
 use crate::info::Explanation;
-use crate::library::{Library, Reader, outputs};
+use crate::internals::Internals;
+use crate::library::{Library, Reader, Torch, outputs};
 use crate::operand::{ATTN_MASK, KEY, LSE, OUT, QUERY, VALUE};
 use crate::runtime::default_runtime;
 use crate::sdpa::{self, Options};
@@ -38,22 +39,46 @@ impl<'py> Request<'_, 'py> {
     }
 
     /// Reads the arguments.
-    #[inline]
-    pub(crate) fn asked(
-        &self,
-        reader: &mut Reader,
-        out: Option<&Bound<'py, PyAny>>,
-        return_lse: bool,
-    ) -> Result<Asked> {
+    pub(crate) fn asked(&self, reader: &mut Reader, out: Option<&Bound<'py, PyAny>>) -> Result<Asked> {
         Ok(Asked {
             query: reader.read(&QUERY, self.query)?,
             key: reader.read(&KEY, self.key)?,
             value: reader.read(&VALUE, self.value)?,
             attn_mask: self.attn_mask.map(|mask| reader.read(&ATTN_MASK, mask)).transpose()?,
             out: out.map(|out| reader.read(&OUT, out)).transpose()?,
-            return_lse,
             options: self.options,
         })
+    }
+
+    /// Runs a call that is nothing but a kernel to torch.
+    #[inline]
+    fn run_inside(
+        &self,
+        torch: &Torch,
+        internals: &Internals,
+        out: Option<&Bound<'py, PyAny>>,
+        return_lse: bool,
+    ) -> Result<Bound<'py, PyAny>> {
+        let py = self.query.py();
+        let call = TorchCall {
+            query: torch.look(internals, &QUERY, self.query)?,
+            key: torch.look(internals, &KEY, self.key)?,
+            value: torch.look(internals, &VALUE, self.value)?,
+            attn_mask: self.attn_mask.map(|mask| torch.look(internals, &ATTN_MASK, mask)).transpose()?,
+            out: out.map(|out| torch.look(internals, &OUT, out)).transpose()?,
+            return_lse,
+            options: self.options,
+        };
+        #[expect(unsafe_code, reason = "memory that Python owns")]
+        // SAFETY: the arguments keep the tensors alive during the call.
+        let made = unsafe { torch_call::run(internals.torch(), &call, Some(py)) }?;
+        let wrap = |tensor: Tensor| internals.wrap(py, tensor.borrow());
+        let lse = made.lse.map(wrap).transpose()?;
+        let out = match made.out {
+            Some(new) => wrap(new)?,
+            None => out.cloned().ok_or_else(|| Failure::Internal("a call without an output".into()))?,
+        };
+        Ok(outputs(out, lse)?)
     }
 
     /// Reads the inputs, and reads or makes the outputs.
@@ -63,7 +88,7 @@ impl<'py> Request<'_, 'py> {
         out: Option<&Bound<'py, PyAny>>,
         return_lse: bool,
     ) -> Result<Prepared<'py>> {
-        let asked = self.asked(reader, out, return_lse)?;
+        let asked = self.asked(reader, out)?;
         let inputs = asked.inputs()?;
         let Results { shape, rank, .. } = Results::of(&inputs);
         let out = match out {
@@ -90,7 +115,7 @@ impl<'py> Request<'_, 'py> {
 
     /// Whether torch should see a call that was refused.
     fn is_for_torch(&self, library: Library, failure: &Failure, elsewhere: bool) -> bool {
-        let inputs = || self.asked(&mut Reader::new(library), None, false).ok()?.inputs().ok();
+        let inputs = || self.asked(&mut Reader::new(library), None).ok()?.inputs().ok();
         match (library, failure) {
             (Library::Numpy(_), _) => false,
             (Library::Torch(_), Failure::Unreadable(_)) => true,
@@ -162,23 +187,13 @@ fn run<'py>(
     out: Option<&Bound<'py, PyAny>>,
     return_lse: bool,
 ) -> Result<Bound<'py, PyAny>> {
-    let py = request.query.py();
-    let mut reader = Reader::new(library);
     if let Library::Torch(torch) = library
         && let Some(internals) = torch.internals()
     {
-        let asked = request.asked(&mut reader, out, return_lse)?;
-        #[expect(unsafe_code, reason = "memory that Python owns")]
-        // SAFETY: the arguments keep the tensors alive during the call.
-        let made = unsafe { torch_call::run(internals.torch(), &asked, Some(py)) }?;
-        let wrap = |tensor: Tensor| internals.wrap(py, tensor.borrow());
-        let lse = made.lse.map(wrap).transpose()?;
-        let out = match made.out {
-            Some(new) => wrap(new)?,
-            None => out.cloned().ok_or_else(|| Failure::Internal("a call without an output".into()))?,
-        };
-        return Ok(outputs(out, lse)?);
+        return request.run_inside(torch, internals, out, return_lse);
     }
+    let py = request.query.py();
+    let mut reader = Reader::new(library);
     let Prepared { call, out, lse } = request.prepare(&mut reader, out, return_lse)?;
     let device = call.inputs.query.device;
     let runtime = default_runtime(device)?;
@@ -219,6 +234,6 @@ pub(crate) fn explain(
     let causal_align = self::causal_align(causal_align)?;
     let options = Options { dropout_p, is_causal, scale, enable_gqa, window, causal_align };
     let request = Request { query, key, value, attn_mask, options };
-    let inputs = request.asked(&mut Reader::checking(request.library()?, false), None, false)?.inputs()?;
+    let inputs = request.asked(&mut Reader::checking(request.library()?, false), None)?.inputs()?;
     Ok(inputs.explain(default_runtime(inputs.query.device)?)?.into())
 }

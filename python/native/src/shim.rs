@@ -396,7 +396,7 @@ pub(crate) struct TensorRef<'a> {
     owner: PhantomData<&'a ()>,
 }
 
-impl TensorRef<'_> {
+impl<'a> TensorRef<'a> {
     /// The place of the `at::Tensor`.
     pub(crate) fn handle(self) -> *const c_void {
         self.handle
@@ -415,8 +415,13 @@ impl TensorRef<'_> {
     }
 
     /// The tensor as plain numbers.
-    #[inline]
     pub(crate) fn read(self, role: &'static Role) -> Result<Operand> {
+        self.look(role)?.operand(role)
+    }
+
+    /// What the tensor says of itself.
+    #[inline]
+    pub(crate) fn look(self, role: &'static Role) -> Result<Look<'a>> {
         let symbols = &self.torch.symbols;
         let (mut rank, mut scalar, mut kind, mut index) = (0, 0, 0, 0);
         let (mut sizes, mut strides, mut data) = (ptr::null(), ptr::null(), ptr::null_mut());
@@ -430,24 +435,57 @@ impl TensorRef<'_> {
                 | (symbols.aoti_torch_get_strides)(self.handle, &mut strides)
                 | (symbols.aoti_torch_get_data_ptr)(self.handle, &mut data)
         };
-        let unreadable =
-            |given: String| Failure::Unreadable(invalid(role.name, given, "a dense tensor on cpu or cuda"));
         if status != 0 {
-            return Err(unreadable("a tensor without sizes, strides and memory (nested or sparse)".into()));
+            return Err(unreadable(role, "a tensor without sizes, strides and memory (nested or sparse)".into()));
         }
+        // SAFETY: both have `rank` numbers, which live as long as the tensor and change only with it.
+        let (sizes, strides) = unsafe { (list(sizes, rank), list(strides, rank)) };
+        Ok(Look { sizes, strides, scalar, kind, index, address: data.addr() as u64 })
+    }
+}
+
+/// What a tensor says of itself, in torch's numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct Look<'a> {
+    pub(crate) sizes: &'a [i64],
+    pub(crate) strides: &'a [i64],
+    scalar: i32,
+    kind: i32,
+    index: i32,
+    pub(crate) address: u64,
+}
+
+impl Look<'_> {
+    /// Element type and device, in torch's numbers.
+    #[inline]
+    pub(crate) fn numbers(&self) -> [i32; 3] {
+        [self.scalar, self.kind, self.index]
+    }
+
+    /// In our own.
+    pub(crate) fn operand(&self, role: &'static Role) -> Result<Operand> {
+        let &Self { sizes, strides, scalar, kind, index, address } = self;
         let device = match kind {
             DEVICE_CPU => Device::Cpu,
             DEVICE_CUDA => Device::Cuda(index.unsigned_abs()),
-            other => return Err(unreadable(format!("a tensor on torch's device type {other}"))),
+            other => return Err(unreadable(role, format!("a tensor on torch's device type {other}"))),
         };
         let dtype = dtype(scalar).ok_or_else(|| bad_dtype(role, &scalar_name(scalar)))?;
-        // SAFETY: both have `rank` numbers, which live as long as the tensor.
-        let (sizes, strides) = unsafe { (list(sizes, rank), list(strides, rank)) };
-        if data.is_null() && !sizes.contains(&0) {
-            return Err(unreadable("a tensor without memory".into()));
+        if address == 0 && !sizes.contains(&0) {
+            return Err(unreadable(role, "a tensor without memory".into()));
         }
-        Ok(Operand::new(role, device, data.addr() as u64, dtype, sizes, strides)?)
+        Ok(Operand::new(role, device, address, dtype, sizes, strides)?)
     }
+
+    /// The ordinal of the CUDA device that it is on, if it is on one.
+    #[inline]
+    pub(crate) fn device(&self) -> Device {
+        if self.kind == DEVICE_CUDA { Device::Cuda(self.index.unsigned_abs()) } else { Device::Cpu }
+    }
+}
+
+fn unreadable(role: &'static Role, given: String) -> Failure {
+    Failure::Unreadable(invalid(role.name, given, "a dense tensor on cpu or cuda"))
 }
 
 /// # Safety

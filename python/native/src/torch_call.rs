@@ -1,12 +1,14 @@
 //! A call on torch's tensors, whose new results come from torch's allocator.
 
+use std::rc::Rc;
+
 use flashcore::Device;
 use pyo3::Python;
 
-use crate::asked::{Asked, Results};
+use crate::asked::{Results, TorchCall};
 use crate::call::Call;
 use crate::errors::Result;
-use crate::memo::{self, Addresses};
+use crate::memo::{self, Addresses, Kind};
 use crate::runtime::default_runtime;
 use crate::shim::{Tensor, Torch};
 
@@ -16,6 +18,18 @@ pub(crate) struct Made {
     pub(crate) lse: Option<Tensor>,
 }
 
+impl Made {
+    #[inline]
+    fn new(torch: &'static Torch, call: &TorchCall<'_>, results: &Results) -> Result<(Self, Addresses)> {
+        let new_out = call.out.is_none().then(|| results.new_out(torch)).transpose()?;
+        let lse = call.return_lse.then(|| results.new_lse(torch)).transpose()?;
+        let address = |tensor: &Option<Tensor>| tensor.as_ref().map_or(Ok(0), |tensor| tensor.borrow().address());
+        let out = call.out.map_or_else(|| address(&new_out), |out| Ok(out.address))?;
+        let addresses = Addresses::of(call, out, address(&lse)?);
+        Ok((Self { out: new_out, lse }, addresses))
+    }
+}
+
 /// Runs a call: on a device, queues it on torch's current stream; on the CPU, returns when it is done, without the GIL
 /// if the caller holds it.
 ///
@@ -23,47 +37,63 @@ pub(crate) struct Made {
 /// The tensors are alive until this returns, and torch's allocator reuses device memory in the order of the current
 /// stream. As for every operator of torch, nobody writes to the tensors from another thread meanwhile.
 #[expect(unsafe_code, reason = "memory that the caller vouches for")]
-pub(crate) unsafe fn run(torch: &'static Torch, asked: &Asked, gil: Option<Python<'_>>) -> Result<Made> {
-    let device = asked.query.device;
-    let stream = torch.current_stream(device)?;
-    let known = memo::find(asked);
-    let (inputs, results) = match &known {
-        Some(known) => (None, known.results),
+#[inline]
+pub(crate) unsafe fn run(torch: &'static Torch, call: &TorchCall<'_>, gil: Option<Python<'_>>) -> Result<Made> {
+    let known = match memo::find(call) {
+        Some(kind) => {
+            let stream = torch.current_stream(call.query.device())?;
+            let (made, addresses) = Made::new(torch, call, &kind.results)?;
+            // SAFETY: forwarded from the caller; the tensors are of this kind.
+            if unsafe { memo::launch(&kind, &addresses, stream) }? {
+                return Ok(made);
+            }
+            Some((kind, made, addresses))
+        }
+        None => None,
+    };
+    // SAFETY: forwarded from the caller.
+    unsafe { run_new(torch, call, known, gil) }
+}
+
+/// [`run`] for a call that was not made lately; `known` is what is there if its kind was.
+///
+/// # Safety
+/// As [`run`].
+#[expect(unsafe_code, reason = "memory that the caller vouches for")]
+unsafe fn run_new(
+    torch: &'static Torch,
+    call: &TorchCall<'_>,
+    known: Option<(Rc<Kind>, Made, Addresses)>,
+    gil: Option<Python<'_>>,
+) -> Result<Made> {
+    let asked = call.asked()?;
+    let inputs = asked.inputs()?;
+    let results = Results::of(&inputs);
+    let (kind, made, addresses) = match known {
+        Some((kind, made, addresses)) => (Some(kind), made, addresses),
         None => {
-            let inputs = asked.inputs()?;
-            (Some(inputs), Results::of(&inputs))
+            let (made, addresses) = Made::new(torch, call, &results)?;
+            (None, made, addresses)
         }
     };
-    let (out, new_out) = match asked.out {
-        Some(out) => (out, None),
-        None => results.new_out(torch).map(|(tensor, operand)| (operand, Some(tensor)))?,
-    };
-    let lse = asked.return_lse.then(|| results.new_lse(torch)).transpose()?;
-    let (new_lse, lse) = lse.unzip();
-    let made = Made { out: new_out, lse: new_lse };
-    let addresses = Addresses::of(asked, &out, lse.as_ref());
-    if let Some(kind) = &known {
-        // SAFETY: forwarded from the caller; the tensors are of this kind.
-        if unsafe { memo::launch(kind, &addresses, stream) }? {
-            return Ok(made);
-        }
-    }
-    let inputs = inputs.map_or_else(|| asked.inputs(), Ok)?;
-    let call = Call { inputs, out, lse };
-    call.check_outer(&results.shape, results.rank)?;
-    let runtime = default_runtime(device)?;
-    if device != Device::Cpu && call.is_one_launch() {
+    let out = asked.out.unwrap_or_else(|| results.out(addresses.out()));
+    let lse = made.lse.as_ref().map(|_| results.lse(addresses.lse()));
+    let described = Call { inputs, out, lse };
+    described.check_outer(&results.shape, results.rank)?;
+    let device = inputs.query.device;
+    let (runtime, stream) = (default_runtime(device)?, torch.current_stream(device)?);
+    if device != Device::Cpu && described.is_one_launch() {
         // SAFETY: forwarded from the caller; later launches have a promise of their own (`memo::launch`).
         let ready = unsafe {
-            let mut ready = call.ready(runtime, stream)?;
+            let mut ready = described.ready(runtime, stream)?;
             ready.launch(stream)?;
             ready
         };
-        memo::keep(&known.unwrap_or_else(|| memo::learn(asked, results)), addresses, ready);
+        memo::keep(&kind.unwrap_or_else(|| memo::learn(call, results)), addresses, ready);
         return Ok(made);
     }
     // SAFETY: forwarded from the caller.
-    let work = || unsafe { call.run(runtime, stream) };
+    let work = || unsafe { described.run(runtime, stream) };
     match gil {
         // A launch takes microseconds: giving up the GIL would cost more than it brings.
         Some(py) if device == Device::Cpu => py.detach(work)?,
