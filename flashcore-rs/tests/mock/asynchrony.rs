@@ -70,7 +70,7 @@ impl Common {
             buffers.push(DeviceBuffer::from_slice(home, &work.query)?);
         }
         let mut graphs = Vec::new();
-        for (stream, [q, k, v, out]) in [(0, [0, 1, 2, 3]), (2, [4, 4, 5, 0]), (1, [1, 3, 5, 6])] {
+        for (stream, [q, k, v, out]) in [(0, [0, 0, 2, 3]), (2, [4, 4, 5, 0]), (1, [1, 3, 5, 6])] {
             let mut output = buffers.remove(out);
             let place = |index: usize| if index > out { index - 1 } else { index };
             let inputs = [q, k, v].map(|index| &buffers[place(index)]);

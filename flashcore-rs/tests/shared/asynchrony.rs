@@ -161,10 +161,10 @@ pub fn threads_with_two_names_of_a_stream(runtime: &Runtime, work: &Workload) ->
     // SAFETY: `home` is dropped after everything here, and captured while nobody uses its other name.
     #[expect(unsafe_code, reason = "a second name")]
     let alias = unsafe { runtime.foreign_stream(home.raw()) }?;
-    let inputs = work.upload([&home, &alias, &home])?;
+    let [inputs, graph_inputs] = [work.upload([&home, &alias, &home])?, work.upload([&home, &home, &home])?];
     let mut out = work.output(&home)?;
-    work.run(runtime, &alias, &inputs, &mut out)?;
-    let graph = side.capture(|| work.run(runtime, &side, &inputs, &mut out))?;
+    work.run(runtime, &alias, &graph_inputs, &mut out)?;
+    let graph = side.capture(|| work.run(runtime, &side, &graph_inputs, &mut out))?;
     let [_, k, v] = &inputs.0;
     let read = |stream| work.run_with(runtime, stream, [&out, k, v], &mut work.output(&home)?);
     at_once([&|| read(&home), &|| read(&alias), &|| graph.launch(&side)])?;
