@@ -484,3 +484,43 @@ fn launches_of_prepared_calls_count() -> Result<()> {
     assert_sound(&driver);
     Ok(())
 }
+
+/// Keeps what each thread logs.
+struct Logbook;
+
+thread_local! {
+    static LOGGED: std::cell::RefCell<Vec<String>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+impl log::Log for Logbook {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        LOGGED.with_borrow_mut(|logged| logged.push(format!("{} {}", record.level(), record.args())));
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn launches_of_prepared_calls_are_logged() -> Result<()> {
+    log::set_logger(&Logbook).expect("the only logger");
+    log::set_max_level(log::LevelFilter::Info);
+    let (_driver, runtime) = mock();
+    let buffers = inputs(&runtime, 1)?;
+    run(&runtime, &buffers, false)?;
+    let called = LOGGED.take();
+    let mut out = DeviceBuffer::uninit(runtime.stream()?, 2 * LEN)?;
+    let [q, k, v] = views(&buffers)?;
+    let view = TensorViewMut::from_buffer(&mut out, DType::F16, &SHAPE)?;
+    let mut call = runtime.attention(&q, &k, &v).prepare(view)?;
+    assert_eq!(LOGGED.take(), Vec::<String>::new());
+    call.launch()?;
+    call.launch()?;
+    let launched = LOGGED.take();
+    assert!(called[0].starts_with("INFO attention(") && called[0].contains("runs hopper"), "{called:?}");
+    assert_eq!(launched, [called.clone(), called].concat());
+    Ok(())
+}
