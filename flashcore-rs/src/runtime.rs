@@ -273,13 +273,13 @@ impl Runtime {
     ) -> Result<()> {
         let (geometry, addresses) = self.geometry(call, out, lse.as_deref())?;
         let mut placed = geometry.take_arguments();
-        // Where they are already has passed.
-        if !placed.is_at(&addresses) {
-            geometry.settled.checked.check_addresses(&addresses)?;
-        }
-        self.make(&geometry.settled, call.stream, &call.operands, out, lse, &addresses, &mut placed)?;
+        let settled = &geometry.settled;
+        // Addresses that are in their places have passed.
+        let passed = if placed.is_at(&addresses) { Ok(()) } else { settled.checked.check_addresses(&addresses) };
+        let made =
+            passed.and_then(|()| self.make(settled, call.stream, &call.operands, out, lse, &addresses, &mut placed));
         geometry.give_back(placed);
-        Ok(())
+        made
     }
 
     /// Everything that can be made before a launch.

@@ -393,6 +393,8 @@ fn clamp_band(lo: i64, hi: i64, seq_q: usize, seq_k: usize) -> Option<Band> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn options(causal: bool, align: CausalAlign, window: Option<(Option<u32>, Option<u32>)>) -> AttentionOptions {
@@ -419,6 +421,42 @@ mod tests {
     fn huge_windows_do_not_overflow() {
         let band = band(&options(true, CausalAlign::TopLeft, Some((Some(u32::MAX), None))), 1 << 30, 1 << 30);
         assert_eq!(band, Some(Band { lo: -(1 << 30), hi: 0 }));
+    }
+
+    proptest! {
+        #[test]
+        fn plain_addresses_pass_the_whole_check(
+            [q, k, v, out, lse, attn_mask] in [0u64..60, 0..60, 0..60, 0..60, 0..60, 0..60],
+            extents in [0u64..9, 0..9, 0..9, 0..9, 0..9, 0..9],
+            seed in any::<bool>(),
+        ) {
+            let [eq, ek, ev, eout, else_, emask] = extents;
+            let (data, mut out_data) = ([half::f16::ZERO; 8], [half::f16::ZERO; 8]);
+            let view = TensorView::from_slice(&data, &[1, 1, 1, 8]).expect("a view");
+            let operands = Operands { query: view, key: view, value: view, attn_mask: None };
+            let to = TensorViewMut::from_slice(&mut out_data, &[1, 1, 1, 8]).expect("a view");
+            let mut checked = Checked::new(&operands, &AttentionOptions::default(), &to, None).expect("a call");
+            // Ordinary tensors are not empty, and lie on even addresses.
+            let (least, unit) = if seed { (1, 4) } else { (0, 1) };
+            let bytes = |extent: u64| 2 * extent.max(least);
+            let at = |address: u64| unit * address;
+            let (q, k, v, out, lse, attn_mask) = (at(q), at(k), at(v), at(out), at(lse), at(attn_mask));
+            checked.extents = Extents {
+                q: bytes(eq),
+                k: bytes(ek),
+                v: bytes(ev),
+                out: bytes(eout),
+                lse: 2 * else_,
+                attn_mask: 2 * emask,
+                attn_mask_element: 1,
+            };
+            let addresses = Addresses { q, k, v, out, lse, attn_mask };
+            let passes = checked.check_spans(&addresses).is_ok();
+            prop_assert_eq!(checked.check_addresses(&addresses).is_ok(), passes);
+            if seed && lse != 0 && attn_mask != 0 {
+                prop_assert_eq!(checked.plainly_apart(&addresses), passes);
+            }
+        }
     }
 
     #[test]

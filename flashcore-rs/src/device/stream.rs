@@ -398,3 +398,58 @@ impl Drop for Event {
         log_drop_error("an event", self.context.driver.destroy_event(self.context.handle, self.handle));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+    use std::time::Duration;
+
+    use super::super::{Captured, DeviceBuffer, enqueue};
+    use super::*;
+    use crate::driver::mock::MockDriver;
+
+    fn streams() -> Result<[Stream; 2]> {
+        let context = DeviceContext::new(Arc::new(MockDriver::default()), 0)?;
+        Ok([Stream::create(context.clone())?, Stream::create(context)?])
+    }
+
+    /// Does `work` on another thread, and tells when it is done.
+    fn elsewhere<'s>(
+        scope: &'s std::thread::Scope<'s, '_>,
+        work: impl FnOnce() -> Result<()> + Send + 's,
+    ) -> Receiver<Result<()>> {
+        let (done, is_done) = channel();
+        scope.spawn(move || done.send(work()));
+        is_done
+    }
+
+    #[test]
+    fn work_does_not_wait_while_the_host_waits() -> Result<()> {
+        let [home, side] = streams()?;
+        let buffer = DeviceBuffer::filled(&home, 64, 0)?;
+        let use_on = |stream: &Stream| enqueue(stream, [buffer.inner()].into_iter(), &[], Captured::Allowed, || Ok(()));
+        std::thread::scope(|scope| {
+            home.wait("test", || {
+                for work in [elsewhere(scope, || use_on(&side)), elsewhere(scope, || use_on(&home))] {
+                    work.recv_timeout(Duration::from_secs(20)).expect("work that is queued meanwhile")?;
+                }
+                Ok(())
+            })
+        })
+    }
+
+    #[test]
+    fn captures_wait_while_the_host_waits() -> Result<()> {
+        let [home, _] = streams()?;
+        std::thread::scope(|scope| {
+            let mut captured = None;
+            home.wait("test", || {
+                let capture = elsewhere(scope, || home.capture(|| Ok(())).map(drop));
+                assert!(capture.recv_timeout(Duration::from_millis(100)).is_err(), "captured in the middle of a wait");
+                captured = Some(capture);
+                Ok(())
+            })?;
+            captured.expect("a capture").recv().expect("a result")
+        })
+    }
+}

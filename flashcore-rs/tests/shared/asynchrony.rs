@@ -118,6 +118,61 @@ pub fn threads_share_a_graph(runtime: &Runtime, work: &Workload) -> Result<()> {
     })
 }
 
+/// Does all pieces of work at once, each several times on a thread of its own.
+fn at_once<const N: usize>(work: [&(dyn Fn() -> Result<()> + Sync); N]) -> Result<()> {
+    std::thread::scope(|scope| {
+        let threads = work.map(|work| scope.spawn(move || (0..12).try_for_each(|_| work())));
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+    })
+}
+
+/// Calls on a stream, at home there, read what a graph writes on another.
+pub fn threads_at_home_and_a_graph_elsewhere(runtime: &Runtime, work: &Workload) -> Result<()> {
+    let (home, side) = (runtime.new_stream()?, runtime.new_stream()?);
+    let [inputs, graph_inputs] = [work.upload([&home, &home, &home])?, work.upload([&home, &home, &home])?];
+    let mut out = work.output(&home)?;
+    work.run(runtime, &home, &graph_inputs, &mut out)?;
+    let graph = home.capture(|| work.run(runtime, &home, &graph_inputs, &mut out))?;
+    let [_, k, v] = &inputs.0;
+    let read = || work.run_with(runtime, &home, [&out, k, v], &mut work.output(&home)?);
+    at_once([&read, &|| graph.launch(&side)])?;
+    work.assert_in(&out);
+    Ok(())
+}
+
+/// Calls on a stream read what a graph writes at home, on another, and what it writes on a third.
+pub fn threads_elsewhere_and_a_graph_at_home(runtime: &Runtime, work: &Workload) -> Result<()> {
+    let [home, side, third] = [runtime.new_stream()?, runtime.new_stream()?, runtime.new_stream()?];
+    let inputs = work.upload([&home, &home, &home])?;
+    let mut out = work.output(&home)?;
+    work.run(runtime, &home, &inputs, &mut out)?;
+    let graph = home.capture(|| work.run(runtime, &home, &inputs, &mut out))?;
+    let [_, k, v] = &inputs.0;
+    let read = || work.run_with(runtime, &side, [&out, k, v], &mut work.output(&side)?);
+    at_once([&read, &|| graph.launch(&home)])?;
+    at_once([&read, &|| graph.launch(&third)])?;
+    work.assert_in(&out);
+    Ok(())
+}
+
+/// A stream has two names, and work under either is ordered with a graph on another stream.
+pub fn threads_with_two_names_of_a_stream(runtime: &Runtime, work: &Workload) -> Result<()> {
+    let (home, side) = (runtime.new_stream()?, runtime.new_stream()?);
+    // SAFETY: `home` is dropped after everything here, and captured while nobody uses its other name.
+    #[expect(unsafe_code, reason = "a second name")]
+    let alias = unsafe { runtime.foreign_stream(home.raw()) }?;
+    let [inputs, graph_inputs] = [work.upload([&home, &alias, &home])?, work.upload([&home, &home, &home])?];
+    let mut out = work.output(&home)?;
+    work.run(runtime, &alias, &graph_inputs, &mut out)?;
+    let graph = side.capture(|| work.run(runtime, &side, &graph_inputs, &mut out))?;
+    let [_, k, v] = &inputs.0;
+    let read = |stream| work.run_with(runtime, stream, [&out, k, v], &mut work.output(&home)?);
+    at_once([&|| read(&home), &|| read(&alias), &|| graph.launch(&side)])?;
+    at_once([&|| read(&side), &|| graph.launch(&alias), &|| graph.launch(&home)])?;
+    work.assert_in(&out);
+    Ok(())
+}
+
 /// A graph is replayed after its inputs, and the stream that it was captured on, went out of scope.
 pub fn a_graph_outlives_its_inputs(runtime: &Runtime, work: &Workload) -> Result<()> {
     let home = runtime.new_stream()?;
@@ -243,12 +298,15 @@ pub fn downloads_follow_all_work(runtime: &Runtime, work: &Workload) -> Result<(
 
 /// All of the above by name.
 pub type Case = (&'static str, fn(&Runtime, &Workload) -> Result<()>);
-pub const CASES: [Case; 10] = [
+pub const CASES: [Case; 13] = [
     ("buffers_dropped_mid_kernel", buffers_dropped_mid_kernel),
     ("every_buffer_at_home_elsewhere", every_buffer_at_home_elsewhere),
     ("outputs_feed_inputs_across_streams", outputs_feed_inputs_across_streams),
     ("threads_share_inputs", threads_share_inputs),
     ("threads_share_a_graph", threads_share_a_graph),
+    ("threads_at_home_and_a_graph_elsewhere", threads_at_home_and_a_graph_elsewhere),
+    ("threads_elsewhere_and_a_graph_at_home", threads_elsewhere_and_a_graph_at_home),
+    ("threads_with_two_names_of_a_stream", threads_with_two_names_of_a_stream),
     ("a_graph_outlives_its_inputs", a_graph_outlives_its_inputs),
     ("a_graph_is_dropped_while_it_runs", a_graph_is_dropped_while_it_runs),
     ("captures_that_fail_leave_no_trace", captures_that_fail_leave_no_trace),

@@ -52,7 +52,17 @@ impl Workload {
 
     /// Queues the call.
     pub fn run(&self, runtime: &Runtime, stream: &Stream, inputs: &Inputs, out: &mut DeviceBuffer) -> Result<()> {
-        let [q, k, v] = &inputs.0;
+        self.run_with(runtime, stream, inputs.0.each_ref(), out)
+    }
+
+    /// Queues the call with these buffers as query, key and value.
+    pub fn run_with(
+        &self,
+        runtime: &Runtime,
+        stream: &Stream,
+        [q, k, v]: [&DeviceBuffer; 3],
+        out: &mut DeviceBuffer,
+    ) -> Result<()> {
         let view = |buffer| TensorView::from_buffer(buffer, DType::F16, &self.shape);
         runtime.attention(&view(q)?, &view(k)?, &view(v)?).causal(true).on(stream).run(&mut TensorViewMut::from_buffer(
             out,
