@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from flashcore import _core
+from flashcore._core import attention as native
 from flashcore.errors import InvalidArgumentError
 
 try:
@@ -103,7 +103,7 @@ def attention(
     if not elsewhere and backend != "flashcore":
         raise InvalidArgumentError(f'backend: given {backend!r}; accepted "auto" or "flashcore"')
     if not is_dynamo_compiling():
-        result = _core.attention(
+        result = native(
             query,
             key,
             value,

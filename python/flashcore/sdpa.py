@@ -19,46 +19,85 @@ from torch import Tensor
 
 from flashcore import _core
 from flashcore.errors import InvalidArgumentError, UnsupportedError
-from flashcore.functional import attention
 
 NAME = "FlashCore"
 
-Arguments = dict[str, Any]
+Answer = Callable[..., tuple[Any, ...]]
 
 
-def flash(call: Arguments) -> tuple[Any, ...]:
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     """The results of `_scaled_dot_product_flash_attention`."""
-    query, key = call["query"], call["key"]
-    out, lse = ours(call, return_lse=True)
-    nothing = query.new_empty(0)
-    return out, lse, None, None, query.shape[2], key.shape[2], nothing, nothing, nothing
+    if return_debug_mask:
+        raise UnsupportedError("return_debug_mask")
+    out, lse = ours(query, key, value, None, dropout_p, is_causal, scale, return_lse=True)
+    return out, lse, None, None, query.shape[2], key.shape[2], None, None, None
 
 
-def cudnn(call: Arguments) -> tuple[Any, ...]:
-    """The results of `_scaled_dot_product_cudnn_attention`; the log-sum-exp is for gradients alone."""
-    query, key = call["query"], call["key"]
-    nothing = query.new_empty(0, dtype=torch.float32)
-    return ours(call), nothing, None, None, query.shape[2], key.shape[2], nothing, nothing, nothing
+def cudnn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """The results of `_scaled_dot_product_cudnn_attention`."""
+    if return_debug_mask or compute_log_sumexp:
+        raise UnsupportedError("return_debug_mask" if return_debug_mask else GRADIENTS)
+    out = ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    return out, None, None, None, query.shape[2], key.shape[2], None, None, None
 
 
-def efficient(call: Arguments) -> tuple[Any, ...]:
+def efficient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     """The results of `_scaled_dot_product_efficient_attention`, whose output has seq before heads in memory."""
-    query, value = call["query"], call["value"]
+    if compute_log_sumexp:
+        raise UnsupportedError(GRADIENTS)
     batch, heads, seq, _ = query.shape
     out = query.new_empty(batch, seq, heads, value.shape[3]).transpose(1, 2)
-    nothing = query.new_empty((batch, heads, 0), dtype=torch.float32)
-    return ours(call, out=out), nothing, nothing, nothing
+    return ours(query, key, value, attn_bias, dropout_p, is_causal, scale, out=out), None, None, None
 
 
-def cpu(call: Arguments) -> tuple[Any, ...]:
+def cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     """The results of `_scaled_dot_product_flash_attention_for_cpu`."""
-    out, lse = ours(call, return_lse=True)
+    out, lse = ours(query, key, value, attn_mask, dropout_p, is_causal, scale, return_lse=True)
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
     return out, lse.transpose(1, 2).contiguous().transpose(1, 2).to(wide)
 
 
 # Where SDPA goes on each type of device.
-FORWARDS: dict[str, dict[str, Callable[[Arguments], tuple[Any, ...]]]] = {
+FORWARDS: dict[str, dict[str, Answer]] = {
     "cuda": {
         "_scaled_dot_product_flash_attention": flash,
         "_scaled_dot_product_cudnn_attention": cudnn,
@@ -66,49 +105,39 @@ FORWARDS: dict[str, dict[str, Callable[[Arguments], tuple[Any, ...]]]] = {
     },
     "cpu": {"_scaled_dot_product_flash_attention_for_cpu": cpu},
 }
+GRADIENTS = "requires_grad; there is no backward yet"
 
 
-def ours(call: Arguments, **options: Any) -> Any:
+def ours(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
     """FlashCore's answer, or an exception."""
-    mask = call.get("attn_bias", call.get("attn_mask"))
-    return attention(
-        call["query"],
-        call["key"],
-        call["value"],
-        mask,
-        call["dropout_p"],
-        call["is_causal"],
-        scale=call["scale"],
-        enable_gqa=True,
-        backend="flashcore",
-        **options,
+    result = _core.attention(
+        query, key, value, mask, dropout_p, is_causal, scale, True, None, "top_left", return_lse, out, False
     )
+    if result is not NotImplemented:
+        return result
+    asking = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    raise UnsupportedError(GRADIENTS if asking else "a mode of torch is on, or a tensor is more than its memory")
 
 
-def for_torch(call: Arguments) -> str | None:
-    """Why a call must go to torch's kernel whatever FlashCore thinks of it."""
-    if call.get("return_debug_mask"):
-        return "return_debug_mask"
-    tensors: tuple[Tensor, ...] = (call["query"], call["key"], call["value"])
-    if call.get("compute_log_sumexp") or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return "requires_grad; there is no backward yet"
-    return None
-
-
-def override(operator: Any, key: str, answer: Callable[[Arguments], tuple[Any, ...]]) -> Callable[..., Any]:
+def override(operator: Any, key: str, answer: Answer) -> Callable[..., Any]:
     """The kernel that takes the place of torch's, which it keeps."""
     saved = torch.library.get_kernel(operator, key)
-    defaults = {argument.name: argument.default_value for argument in operator._schema.arguments}
-    names = list(defaults)
 
     def kernel(keys: Any, *arguments: Any, **options: Any) -> Any:
-        call = {**defaults, **dict(zip(names, arguments, strict=False)), **options}
-        reason = for_torch(call)
-        if reason is None:
-            try:
-                return answer(call)
-            except (UnsupportedError, InvalidArgumentError) as error:
-                reason = str(error).partition("\n")[0]
+        try:
+            return answer(*arguments, **options)
+        except (UnsupportedError, InvalidArgumentError) as error:
+            reason = str(error).partition("\n")[0]
         _core.log_fallback(f"{operator}: {reason}")
         return saved.call_boxed(keys, *arguments, **options)
 

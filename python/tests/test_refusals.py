@@ -201,7 +201,7 @@ def test_views_and_tensors_that_a_plan_cannot_keep(device: str) -> None:
         "a view with its sign to be flipped": (torch._neg_view(query), flashcore.InvalidArgumentError),
         "a subclass of torch.Tensor": (query.as_subclass(Subclass), flashcore.InvalidArgumentError),
         "requires_grad; there is no backward yet": (query.clone().requires_grad_(), flashcore.UnsupportedError),
-        "cannot describe": (query.to("meta"), flashcore.InvalidArgumentError),
+        "cannot describe .*meta": (query.to("meta"), flashcore.InvalidArgumentError),
     }
     runtime = flashcore.Runtime(device)
     for message, (tensor, error) in refused.items():

@@ -436,7 +436,7 @@ impl<'a> TensorRef<'a> {
                 | (symbols.aoti_torch_get_data_ptr)(self.handle, &mut data)
         };
         if status != 0 {
-            return Err(unreadable(role, "a tensor without sizes, strides and memory (nested or sparse)".into()));
+            return Err(unreadable(role, "nested or sparse".into()));
         }
         // SAFETY: both have `rank` numbers, which live as long as the tensor and change only with it.
         let (sizes, strides) = unsafe { (list(sizes, rank), list(strides, rank)) };
@@ -468,11 +468,11 @@ impl Look<'_> {
         let device = match kind {
             DEVICE_CPU => Device::Cpu,
             DEVICE_CUDA => Device::Cuda(index.unsigned_abs()),
-            other => return Err(unreadable(role, format!("a tensor on torch's device type {other}"))),
+            other => return Err(unreadable(role, device_name(other))),
         };
         let dtype = dtype(scalar).ok_or_else(|| bad_dtype(role, &scalar_name(scalar)))?;
         if address == 0 && !sizes.contains(&0) {
-            return Err(unreadable(role, "a tensor without memory".into()));
+            return Err(unreadable(role, "no memory".into()));
         }
         Ok(Operand::new(role, device, address, dtype, sizes, strides)?)
     }
@@ -484,7 +484,8 @@ impl Look<'_> {
     }
 }
 
-fn unreadable(role: &'static Role, given: String) -> Failure {
+fn unreadable(role: &'static Role, why: String) -> Failure {
+    let given = format!("a tensor that torch cannot describe by its memory ({why})");
     Failure::Unreadable(invalid(role.name, given, "a dense tensor on cpu or cuda"))
 }
 
@@ -510,6 +511,12 @@ fn scalar_type(dtype: DType) -> i32 {
     SCALAR_TYPES.iter().find(|(_, known)| *known == dtype).map_or(-1, |(number, _)| *number)
 }
 
+/// torch's names of the types of devices that it numbers, where they are not ours.
+fn device_name(kind: i32) -> String {
+    const NAMES: [(i32, &str); 4] = [(9, "xla"), (12, "xpu"), (13, "mps"), (14, "meta")];
+    named(&NAMES, kind).map_or_else(|| format!("on torch's device type {kind}"), |name| format!("on {name}"))
+}
+
 /// torch's names of the element types that it numbers, where they are not ours.
 fn scalar_name(scalar: i32) -> String {
     const NAMES: [(i32, &str); 15] = [
@@ -529,6 +536,9 @@ fn scalar_name(scalar: i32) -> String {
         (28, "uint32"),
         (29, "uint64"),
     ];
-    let name = NAMES.iter().find(|(number, _)| *number == scalar).map(|(_, name)| *name);
-    name.map_or_else(|| format!("number {scalar} of torch"), str::to_owned)
+    named(&NAMES, scalar).map_or_else(|| format!("number {scalar} of torch"), str::to_owned)
+}
+
+fn named<'a>(names: &[(i32, &'a str)], wanted: i32) -> Option<&'a str> {
+    names.iter().find(|(number, _)| *number == wanted).map(|(_, name)| *name)
 }
