@@ -460,7 +460,7 @@ impl DeviceRuntime {
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         match buffers(operands, out, lse.as_deref()) {
-            Some(buffers) => enqueue(stream, buffers.iter().flatten().copied(), &[], Captured::Allowed, work),
+            Some(buffers) => enqueue(stream, buffers.iter().filter_map(|buffer| *buffer), &[], Captured::Allowed, work),
             None => self.enqueue_with_loans(stream, operands, out, lse, work),
         }
     }

@@ -428,7 +428,7 @@ mod tests {
         fn plain_addresses_pass_the_whole_check(
             [q, k, v, out, lse, attn_mask] in [0u64..60, 0..60, 0..60, 0..60, 0..60, 0..60],
             extents in [0u64..9, 0..9, 0..9, 0..9, 0..9, 0..9],
-            seed in any::<bool>(),
+            ordinary in any::<bool>(),
         ) {
             let [eq, ek, ev, eout, else_, emask] = extents;
             let (data, mut out_data) = ([half::f16::ZERO; 8], [half::f16::ZERO; 8]);
@@ -437,7 +437,7 @@ mod tests {
             let to = TensorViewMut::from_slice(&mut out_data, &[1, 1, 1, 8]).expect("a view");
             let mut checked = Checked::new(&operands, &AttentionOptions::default(), &to, None).expect("a call");
             // Ordinary tensors are not empty, and lie on even addresses.
-            let (least, unit) = if seed { (1, 4) } else { (0, 1) };
+            let (least, unit) = if ordinary { (1, 4) } else { (0, 1) };
             let bytes = |extent: u64| 2 * extent.max(least);
             let at = |address: u64| unit * address;
             let (q, k, v, out, lse, attn_mask) = (at(q), at(k), at(v), at(out), at(lse), at(attn_mask));
@@ -453,7 +453,7 @@ mod tests {
             let addresses = Addresses { q, k, v, out, lse, attn_mask };
             let passes = checked.check_spans(&addresses).is_ok();
             prop_assert_eq!(checked.check_addresses(&addresses).is_ok(), passes);
-            if seed && lse != 0 && attn_mask != 0 {
+            if ordinary && lse != 0 && attn_mask != 0 {
                 prop_assert_eq!(checked.plainly_apart(&addresses), passes);
             }
         }

@@ -90,22 +90,23 @@ impl Key<'_> {
         let [q, k, v, out] = self.layouts();
         let pin = self.call.pin.map_or(0, |index| 1 + u64::from(index));
         let options = u64::from(self.call.options.causal) | u64::from(self.align.0) << 1 | pin << 32;
-        let words = [
-            q.shape[0] as u64,
-            q.shape[1] as u64,
-            q.shape[2] as u64,
-            q.shape[3] as u64,
-            k.shape[1] as u64,
-            k.shape[2] as u64,
-            q.strides[2] as u64,
-            v.strides[1] as u64,
-            out.strides[1] as u64,
-            options,
-            self.runtime,
+        // Multiply-shift hashing (Dietzfelbinger et al. 1997, "A reliable randomized algorithm for the closest-pair
+        // problem"): each word times an odd number of its own, so that no product waits for another.
+        let terms = [
+            (q.shape[0] as u64, 0x9e37_79b9_7f4a_7c15_u64),
+            (q.shape[1] as u64, 0xbf58_476d_1ce4_e5b9),
+            (q.shape[2] as u64, 0x94d0_49bb_1331_11eb),
+            (q.shape[3] as u64, 0xd6e8_feb8_6659_fd93),
+            (k.shape[1] as u64, 0xa076_1d64_78bd_642f),
+            (k.shape[2] as u64, 0xe703_7ed1_a0b4_28db),
+            (q.strides[2] as u64, 0x8ebc_6af0_9c88_c6e3),
+            (v.strides[1] as u64, 0x5899_65cc_7537_4cc3),
+            (out.strides[1] as u64, 0x1d8e_4e27_c47d_124f),
+            (options, 0xeb44_acca_b455_d165),
+            (self.runtime, 0x9e6c_63d0_676a_9a99),
         ];
-        let mixed =
-            words.iter().fold(0u64, |hash, word| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29));
-        mixed as usize % SLOTS
+        let mixed = terms.iter().fold(0u64, |sum, (word, factor)| sum.wrapping_add(word.wrapping_mul(*factor)));
+        (mixed >> (u64::BITS - SLOTS.ilog2())) as usize
     }
 
     fn is(&self, geometry: &Geometry) -> bool {
