@@ -42,7 +42,6 @@ STATES: dict[str, tuple[State, bool]] = {
     "dispatch mode": (DispatchMode, False),
     "function mode": (FunctionMode, False),
     "default device": (lambda: torch.device("cpu"), False),
-    "dual level": (forward_ad.dual_level, False),
 }
 
 
@@ -66,6 +65,21 @@ def test_states_of_the_thread(name: str) -> None:
         with torch.no_grad():
             assert both(x) is quiet
     assert both(x)
+
+
+def test_forward_mode() -> None:
+    """Python cannot tell a tensor without a tangent; torch's C++ can."""
+    plain = torch.ones(2)
+    view = torch.ones(2, 2)[0]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(plain, plain)
+        assert _core.is_quiet(plain) == (False, True)
+        for tensor in (dual, dual * 2, dual[:1]):
+            assert not _core.is_quiet(tensor)[0]
+        assert not both(dual)
+        assert not both(plain, dual * 2)
+        assert not both(dual[:1])
+    assert both(plain, view)
 
 
 def test_transforms_and_traces() -> None:

@@ -11,12 +11,12 @@ use flashcore::Device;
 use libloading::os::unix::Library;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyDict};
+use pyo3::types::IntoPyDict;
 
 use crate::errors::Result;
 use crate::operand::{QUERY, Role};
 use crate::plain::{Classes, Plain};
-use crate::quiet::State;
+use crate::quiet::{State, Switches};
 use crate::shim::{self, Look, TensorRef};
 
 macro_rules! functions {
@@ -52,6 +52,8 @@ functions! {
     grad_enabled = "libc10.so" "_ZN3c108GradMode10is_enabledEv" fn() -> bool;
     // c10::TensorImpl::requires_grad() const
     requires_grad = "libc10.so" "_ZNK3c1010TensorImpl13requires_gradEv" fn(*const c_void) -> bool;
+    // c10::TensorImpl::autograd_meta() const
+    autograd_meta = "libc10.so" "_ZNK3c1010TensorImpl13autograd_metaEv" fn(*const c_void) -> *const c_void;
     // at::impl::torch_function_mode_enabled()
     function_mode = "libtorch_cpu.so" "_ZN2at4impl27torch_function_mode_enabledEv" fn() -> bool;
     // at::native::is_neg(at::Tensor const&)
@@ -74,10 +76,8 @@ pub(crate) struct Internals {
     place: usize,
     included: [u32; INCLUDED.len()],
     excluded: [u32; EXCLUDED.len()],
-    forward_ad: Py<PyDict>,
-    forward_level: Py<PyAny>,
-    /// The level outside of forward-mode differentiation, one of Python's unique small integers.
-    no_level: Py<PyAny>,
+    /// For what only Python knows.
+    switches: Switches,
 }
 
 impl Internals {
@@ -89,7 +89,6 @@ impl Internals {
     }
 
     fn search(torch: &Bound<'_, PyAny>, classes: &Classes) -> PyResult<Option<Self>> {
-        let py = torch.py();
         let (Some(functions), Ok(shims)) = (Functions::find(), shim::Torch::get()) else { return Ok(None) };
         let samples = samples(torch)?;
         let Some(samples) = samples.iter().map(|sample| classes.plain(sample)).collect::<Option<Vec<_>>>() else {
@@ -102,9 +101,7 @@ impl Internals {
             place,
             included: keys(torch, INCLUDED)?,
             excluded: keys(torch, EXCLUDED)?,
-            forward_ad: py.import("torch.autograd.forward_ad")?.dict().unbind(),
-            forward_level: "_current_level".into_pyobject(py)?.into_any().unbind(),
-            no_level: (-1_i64).into_pyobject(py)?.into_any().unbind(),
+            switches: Switches::of(torch)?,
         };
         Ok(internals.agrees(torch, &samples)?.then_some(internals))
     }
@@ -118,17 +115,26 @@ impl Internals {
     fn agrees(&self, torch: &Bound<'_, PyAny>, samples: &[Plain<'_, '_>]) -> PyResult<bool> {
         for &sample in samples {
             let object = sample.object();
+            let asks = object.getattr("requires_grad")?.is_truthy()?;
             let same = self.is_neg(sample)? == object.call_method0("is_neg")?.is_truthy()?
-                && self.requires_grad(sample)? == object.getattr("requires_grad")?.is_truthy()?
+                && self.requires_grad(sample)? == asks
+                && (self.has_autograd(sample) || !asks)
                 && self.look(&QUERY, sample).is_ok_and(|look| describes(&look, object).unwrap_or(false))
                 && self.wrap(object.py(), self.tensor(sample))?.is(object);
             if !same {
                 return Ok(false);
             }
         }
-        let grad = torch.call_method0("is_grad_enabled")?.is_truthy()?;
-        let autocast = torch.getattr("_C")?.call_method0("_is_any_autocast_enabled")?.is_truthy()?;
-        Ok(self.grad_enabled(torch.py())? == grad && self.all_off(torch.py())? != autocast)
+        let py = torch.py();
+        Ok(self.grad_enabled(py)? == self.switches.grad_enabled(py)?
+            && self.all_off(py)? == self.switches.all_off(py)?)
+    }
+
+    /// The `TensorImpl` of a tensor.
+    #[inline]
+    fn implementation(&self, tensor: Plain<'_, '_>) -> *const c_void {
+        // SAFETY: an `at::Tensor` is a pointer to its `TensorImpl`.
+        unsafe { *self.tensor(tensor).handle().cast() }
     }
 
     /// The `at::Tensor` of a Python object.
@@ -155,16 +161,18 @@ impl Internals {
 
 impl State for Internals {
     #[inline]
-    fn all_off(&self, py: Python<'_>) -> PyResult<bool> {
+    fn all_off(&self, _py: Python<'_>) -> PyResult<bool> {
         let Functions { key_included, key_excluded, function_mode, .. } = self.functions;
         // SAFETY: the functions take a key or nothing, and read variables of the thread.
-        let off = unsafe {
+        Ok(unsafe {
             !self.included.iter().any(|&key| key_included(key))
                 && self.excluded.iter().all(|&key| key_excluded(key))
                 && !function_mode()
-        };
-        let level = || self.forward_ad.bind(py).get_item(&self.forward_level);
-        Ok(off && level()?.is_none_or(|level| level.is(&self.no_level)))
+        })
+    }
+
+    fn forward_mode(&self, py: Python<'_>) -> PyResult<bool> {
+        self.switches.forward_mode(py)
     }
 
     #[inline]
@@ -175,8 +183,14 @@ impl State for Internals {
 
     #[inline]
     fn requires_grad(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
-        // SAFETY: an `at::Tensor` is a pointer to the live `TensorImpl` that is asked.
-        Ok(unsafe { (self.functions.requires_grad)(*self.tensor(tensor).handle().cast()) })
+        // SAFETY: the `TensorImpl` is alive.
+        Ok(unsafe { (self.functions.requires_grad)(self.implementation(tensor)) })
+    }
+
+    #[inline]
+    fn has_autograd(&self, tensor: Plain<'_, '_>) -> bool {
+        // SAFETY: the `TensorImpl` is alive.
+        unsafe { !(self.functions.autograd_meta)(self.implementation(tensor)).is_null() }
     }
 
     #[inline]

@@ -205,7 +205,7 @@ impl Torch {
         if !state.all_off(py)? {
             return Ok(false);
         }
-        let grad_enabled = state.grad_enabled(py)?;
+        let mut derivatives = None;
         for object in tensors {
             let Some(tensor) = self.classes.plain(object) else {
                 // Another library's array is refused where it is read.
@@ -214,8 +214,17 @@ impl Torch {
                 }
                 continue;
             };
-            if state.is_neg(tensor)? || (grad_enabled && state.requires_grad(tensor)?) {
+            if state.is_neg(tensor)? {
                 return Ok(false);
+            }
+            if state.has_autograd(tensor) {
+                let (forward, backward) = match derivatives {
+                    Some(known) => known,
+                    None => *derivatives.insert((state.forward_mode(py)?, state.grad_enabled(py)?)),
+                };
+                if forward || (backward && state.requires_grad(tensor)?) {
+                    return Ok(false);
+                }
             }
         }
         Ok(true)
@@ -264,7 +273,7 @@ impl Torch {
     pub(crate) fn check(&self, role: &'static Role, object: &Bound<'_, PyAny>) -> Result<()> {
         let py = object.py();
         let tensor = self.plain(role, object)?;
-        if !self.switches.all_off(py)? {
+        if !self.switches.all_off(py)? || self.switches.forward_mode(py)? {
             let message = "a mode of torch is on (autocast, a function transform, tracing): plan outside of it";
             return Err(unsupported(message));
         }

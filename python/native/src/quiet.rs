@@ -50,12 +50,16 @@ impl Switches {
 
 /// The state of torch that decides whether it would do nothing with a call but run a kernel.
 pub(crate) trait State {
-    /// Whether nothing is on that concerns all calls.
+    /// Whether nothing is on that concerns all calls, derivatives aside.
     fn all_off(&self, py: Python<'_>) -> PyResult<bool>;
+    /// Whether a level of forward-mode differentiation is on.
+    fn forward_mode(&self, py: Python<'_>) -> PyResult<bool>;
     /// Whether operations on tensors that require gradients record them.
     fn grad_enabled(&self, py: Python<'_>) -> PyResult<bool>;
     /// Whether a tensor asks for a gradient.
     fn requires_grad(&self, tensor: Plain<'_, '_>) -> PyResult<bool>;
+    /// Whether a tensor may have a gradient or a tangent.
+    fn has_autograd(&self, tensor: Plain<'_, '_>) -> bool;
     /// Whether a tensor stands for the negative of what is in its memory.
     fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool>;
 }
@@ -67,8 +71,12 @@ impl State for Switches {
                 return Ok(false);
             }
         }
+        Ok(true)
+    }
+
+    fn forward_mode(&self, py: Python<'_>) -> PyResult<bool> {
         let level = self.forward_ad.bind(py).get_item(&self.forward_level)?;
-        Ok(level.is_none_or(|level| level.extract::<i64>().is_ok_and(|level| level < 0)))
+        Ok(level.is_some_and(|level| level.extract::<i64>().map_or(true, |level| level >= 0)))
     }
 
     fn grad_enabled(&self, py: Python<'_>) -> PyResult<bool> {
@@ -77,6 +85,10 @@ impl State for Switches {
 
     fn requires_grad(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
         self.requires_grad.read(tensor.object())
+    }
+
+    fn has_autograd(&self, _tensor: Plain<'_, '_>) -> bool {
+        true
     }
 
     fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
