@@ -83,9 +83,11 @@ def ways(device: str) -> dict[str, Call]:
     found: dict[str, Call] = {
         "torch.empty_like": lambda: torch.empty_like(q),
         "Plan.launch": plan.launch,
+        "Plan.launch, then torch.empty_like": lambda: (plan.launch(), torch.empty_like(q)),
         "flashcore.attention, out": lambda: flashcore.attention(q, k, v, out=out),
         "flashcore.attention": lambda: flashcore.attention(q, k, v),
         "torch.ops.flashcore.attention": lambda: torch.ops.flashcore.attention(q, k, v),
+        "torch.ops.aten.alias": lambda: torch.ops.aten.alias(q),
         "SDPA": sdpa,
         "SDPA, overridden": sdpa,
     }
