@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import random
 import statistics
@@ -85,6 +86,7 @@ def ways(device: str) -> dict[str, Call]:
         "Plan.launch": plan.launch,
         "Plan.launch, then torch.empty_like": lambda: (plan.launch(), torch.empty_like(q)),
         "flashcore.attention, out": lambda: flashcore.attention(q, k, v, out=out),
+        "flashcore.attention, out, other tensors": other_tensors(q),
         "flashcore.attention": lambda: flashcore.attention(q, k, v),
         "torch.ops.flashcore.attention": lambda: torch.ops.flashcore.attention(q, k, v),
         "torch.ops.aten.alias": lambda: torch.ops.aten.alias(q),
@@ -95,6 +97,18 @@ def ways(device: str) -> dict[str, Call]:
         found |= {f"SDPA, {name}": sdpa for name in BACKENDS}
         found |= peers(q, k, v)
     return found
+
+
+def other_tensors(like: torch.Tensor) -> Call:
+    """A call with tensors that were not called with lately: it goes round more of them than FlashCore remembers."""
+    sets = [tuple(torch.empty_like(like).normal_() for _ in range(4)) for _ in range(CALLS)]
+    turn = itertools.cycle(sets)
+
+    def call() -> None:
+        q, k, v, out = next(turn)
+        flashcore.attention(q, k, v, out=out)
+
+    return call
 
 
 def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Call]:

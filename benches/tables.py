@@ -504,6 +504,7 @@ TARGETS: list[tuple[str, str, str, float | None, bool]] = [
     ("Rust, first-seen pointers", "first_seen", "rust", 0.7, False),
     ("`Plan.launch()`", "Plan.launch", "inference", None, False),
     ("`flashcore.attention(q, k, v, out=out)`", "flashcore.attention, out", "inference", 1.0, False),
+    ("the same with other tensors each time", "flashcore.attention, out, other tensors", "inference", None, False),
     ("`torch.empty_like` (empty)", "torch.empty_like", "inference", None, False),
     ("`Plan.launch()`, then `torch.empty_like`", "Plan.launch, then torch.empty_like", "inference", None, False),
     ("`flashcore.attention(q, k, v)`", "flashcore.attention", "inference", 1.2, True),

@@ -3,7 +3,7 @@
 use super::problem::Problem;
 use crate::bundle::manifest::{Factor, Grid, Launch, Param, Quantity, Tensor, Tile, Variant};
 use crate::device::{DeviceContext, Few, log_drop_error};
-use crate::driver::{FunctionHandle, LaunchRequest, ParamBlock, StreamHandle, TensorMapSpec};
+use crate::driver::{FunctionHandle, LaunchRequest, MapChange, ParamBlock, StreamHandle, TensorMapSpec};
 use crate::error::{Error, Result};
 use crate::tensor::Layout;
 
@@ -74,8 +74,8 @@ impl Placed {
     }
 }
 
-/// Descriptors that a launch has to encode: the index of each parameter, and what it describes.
-type Maps = Few<(usize, TensorMapSpec)>;
+/// Descriptors that a launch has to change: the index of each parameter, and how.
+type Maps = Few<(usize, MapChange)>;
 
 impl Plan {
     /// Binds `problem` to `variant`, whose launches' kernels are `functions`.
@@ -127,10 +127,10 @@ impl Plan {
     pub(crate) fn place(&self, context: &DeviceContext, addresses: &Addresses) -> Result<Placed> {
         let mut placed = self.unplaced();
         for (launch, params) in self.launches.iter().zip(&mut placed.params) {
-            let mut maps = Maps::new();
-            launch.place(params, None, addresses, &mut maps);
-            for (index, spec) in &maps {
-                params.set(*index, &context.driver.encode_tensor_map(context.handle, spec)?.0);
+            launch.place_pointers(params, addresses);
+            for (index, tensor, spec) in &launch.tensor_maps {
+                let spec = TensorMapSpec { address: addresses.tensor(*tensor), ..*spec };
+                params.set(*index, &context.driver.encode_tensor_map(context.handle, &spec)?.0);
             }
         }
         placed.addresses = Some(*addresses);
@@ -158,8 +158,8 @@ impl Plan {
         self.with_workspace(context, stream, |workspace| {
             let mut launches = self.launches.iter().zip(&mut placed.params);
             launches.try_for_each(|(launch, params)| {
-                let mut maps = Maps::new();
-                launch.place(params, earlier.as_ref(), addresses, &mut maps);
+                launch.place_pointers(params, addresses);
+                let maps = launch.maps(earlier.as_ref(), addresses);
                 launch.queue(context, stream, params, workspace, &maps)
             })
         })?;
@@ -237,8 +237,8 @@ impl PlannedLaunch {
         Ok(())
     }
 
-    /// Puts addresses where `earlier` ones are, or none, and says which descriptors that changes.
-    fn place(&self, params: &mut ParamBlock, earlier: Option<&Addresses>, addresses: &Addresses, maps: &mut Maps) {
+    /// Puts the addresses in their places.
+    fn place_pointers(&self, params: &mut ParamBlock, addresses: &Addresses) {
         for &(index, quantity) in &self.pointers {
             let address = match quantity {
                 Quantity::Address(tensor) => addresses.tensor(tensor),
@@ -248,12 +248,18 @@ impl PlannedLaunch {
             };
             params.set(index, &address.to_ne_bytes());
         }
-        for (index, tensor, spec) in &self.tensor_maps {
+    }
+
+    /// What becomes of the descriptors where the arguments hold `earlier` addresses, or none.
+    fn maps(&self, earlier: Option<&Addresses>, addresses: &Addresses) -> Maps {
+        let change = |(index, tensor, spec): &(usize, Tensor, TensorMapSpec)| {
             let address = addresses.tensor(*tensor);
-            if earlier.is_none_or(|earlier| earlier.tensor(*tensor) != address) {
-                maps.push((*index, TensorMapSpec { address, ..*spec }));
+            match earlier {
+                None => Some((*index, MapChange::New(TensorMapSpec { address, ..*spec }))),
+                Some(earlier) => (earlier.tensor(*tensor) != address).then_some((*index, MapChange::Moved(address))),
             }
-        }
+        };
+        self.tensor_maps.iter().filter_map(change).collect()
     }
 
     #[inline]
@@ -263,7 +269,7 @@ impl PlannedLaunch {
         stream: StreamHandle,
         params: &mut ParamBlock,
         workspace: &[u64],
-        tensor_maps: &[(usize, TensorMapSpec)],
+        tensor_maps: &[(usize, MapChange)],
     ) -> Result<()> {
         for &(index, which) in &self.workspace {
             params.set(index, &workspace.get(which).copied().unwrap_or_default().to_ne_bytes());

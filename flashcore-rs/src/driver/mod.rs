@@ -77,6 +77,15 @@ pub struct TensorMapSpec {
 #[repr(C, align(128))]
 pub struct TensorMap(pub [u8; 128]);
 
+/// What becomes of a TMA descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapChange {
+    /// It is encoded.
+    New(TensorMapSpec),
+    /// It was encoded before, and describes the same at this address now.
+    Moved(u64),
+}
+
 /// One kernel launch.
 #[derive(Debug)]
 pub struct LaunchRequest<'a> {
@@ -92,10 +101,10 @@ pub struct LaunchRequest<'a> {
     pub shared_bytes: u32,
     /// The stream.
     pub stream: StreamHandle,
-    /// The arguments. Those that are TMA descriptors are encoded into it first.
+    /// The arguments.
     pub params: &'a mut ParamBlock,
-    /// Which arguments those are, and what they describe.
-    pub tensor_maps: &'a [(usize, TensorMapSpec)],
+    /// Arguments that are TMA descriptors, by their index, and what is to become of each first.
+    pub tensor_maps: &'a [(usize, MapChange)],
 }
 
 /// Room for the arguments of one launch. (The driver's own limit is 4 KiB; a forward with four tensor maps takes 856.)
@@ -168,6 +177,12 @@ impl ParamBlock {
         self.count
     }
 
+    /// The bytes of parameter `index`, to be changed.
+    pub fn get_mut(&mut self, index: usize) -> &mut [u8] {
+        let start = usize::from(self.offsets[index]);
+        &mut self.bytes[start..start + usize::from(self.sizes[index])]
+    }
+
     /// The bytes of parameter `index`.
     pub fn get(&self, index: usize) -> &[u8] {
         let start = usize::from(self.offsets[index]);
@@ -216,7 +231,7 @@ pub trait Driver: Send + Sync {
     fn param_info(&self, function: FunctionHandle, index: usize) -> Result<Option<(usize, usize)>>;
     /// Encodes a TMA descriptor. Touches no device state, but the driver wants a context on the thread.
     fn encode_tensor_map(&self, context: ContextHandle, spec: &TensorMapSpec) -> Result<TensorMap>;
-    /// Encodes what descriptors the request has, and launches its kernel. Never synchronises.
+    /// Changes what descriptors the request says, and launches its kernel. Never synchronises.
     fn launch(&self, context: ContextHandle, request: &mut LaunchRequest<'_>) -> Result<()>;
 
     /// Stream-ordered allocation.

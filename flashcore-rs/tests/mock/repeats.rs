@@ -283,21 +283,22 @@ fn arguments_follow_every_address() -> Result<()> {
         let (driver, runtime) = on_a_fresh_mock(bundle.clone())?;
         let mut tensors = Places::new(&runtime)?;
         let mut places = [0; TENSORS];
-        let mut encoded = |places, count| {
-            let before = driver.count(Entry::EncodeTensorMap);
+        let mut made = |places, encoded, moved| {
+            let count = || (driver.count(Entry::EncodeTensorMap), driver.count(Entry::MoveTensorMap));
+            let before = count();
             tensors.run(&runtime, places, masked).expect("a call");
-            assert_eq!(driver.count(Entry::EncodeTensorMap) - before, count, "{places:?}");
+            assert_eq!(count(), (before.0 + encoded, before.1 + moved), "{places:?}");
             assert_like_a_first_call(&driver, &runtime, &bundle, &mut tensors, (places, masked));
         };
-        encoded(places, maps);
-        encoded(places, 0);
+        made(places, maps, 0);
+        made(places, 0, 0);
         for tensor in (0..TENSORS).chain(0..TENSORS) {
             places[tensor] = 1 - places[tensor];
             let has_map = tensor < MASK || tensor == MASK + 1;
-            encoded(places, if has_map { maps / 4 } else { 0 });
+            made(places, 0, if has_map { maps / 4 } else { 0 });
         }
-        encoded([1; TENSORS], maps);
-        encoded(places, maps);
+        made([1; TENSORS], 0, maps);
+        made(places, 0, maps);
         assert_sound(&driver);
     }
     Ok(())
@@ -306,9 +307,9 @@ fn arguments_follow_every_address() -> Result<()> {
 #[test]
 fn a_call_that_fails_leaves_no_arguments_behind() -> Result<()> {
     for (entry, after) in [
-        (Entry::EncodeTensorMap, 0),
-        (Entry::EncodeTensorMap, 1),
-        (Entry::EncodeTensorMap, 5),
+        (Entry::MoveTensorMap, 0),
+        (Entry::MoveTensorMap, 1),
+        (Entry::MoveTensorMap, 5),
         (Entry::Launch, 0),
         (Entry::Launch, 1),
         (Entry::Alloc, 1),

@@ -2,8 +2,9 @@
 //!
 //! All but the addresses of a call decides what it means, which kernel answers it and what its results look like; with
 //! the addresses, the arguments of the launch are decided too. Programs make the same calls over and over, and allocators
-//! give the same memory again, so both are remembered. What is remembered holds no memory: a call is launched again only
-//! for one that vouches for the same memory anew.
+//! give the same memory again, so both are remembered: a kind of call at once, its launch once a call is made for the
+//! second time. What is remembered holds no memory: a call is launched again only for one that vouches for the same
+//! memory anew.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -110,10 +111,23 @@ impl Addresses {
     }
 }
 
+/// A call that was made.
 struct Launch {
     kind: u64,
     addresses: Addresses,
-    call: ReadyCall,
+    /// `None` when it was made once.
+    call: Option<ReadyCall>,
+}
+
+/// What became of a call that may have been made before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// It was launched.
+    Launched,
+    /// It was made once.
+    Once,
+    /// It was not made lately.
+    New,
 }
 
 struct Memo {
@@ -154,27 +168,28 @@ pub(crate) fn learn(call: &TorchCall<'_>, results: Results) -> Rc<Kind> {
     })
 }
 
-/// Launches a call again; false if it was not made lately with these addresses.
+/// Launches a call again, if it is ready for that.
 ///
 /// # Safety
 /// As [`crate::call::Call::run`], for memory at these addresses as large as the kind says.
 #[expect(unsafe_code, reason = "memory that the caller vouches for")]
 #[inline]
-pub(crate) unsafe fn launch(kind: &Kind, addresses: &Addresses, stream: u64) -> Result<bool> {
+pub(crate) unsafe fn launch(kind: &Kind, addresses: &Addresses, stream: u64) -> Result<Again> {
     let place = addresses.place();
     // Taken out meanwhile: a logger, say, may call again.
     let taken = MEMO.with_borrow_mut(|memo| {
         memo.launches[place].take_if(|launch| launch.kind == kind.number && launch.addresses == *addresses)
     });
-    let Some(mut launch) = taken else { return Ok(false) };
+    let Some(mut launch) = taken else { return Ok(Again::New) };
+    let Some(call) = &mut launch.call else { return Ok(Again::Once) };
     // SAFETY: the call was prepared for these addresses and this kind; the rest is the caller's promise.
-    unsafe { launch.call.launch(stream) }?;
+    unsafe { call.launch(stream) }?;
     put(place, launch);
-    Ok(true)
+    Ok(Again::Launched)
 }
 
-/// Remembers a call that was launched with these addresses.
-pub(crate) fn keep(kind: &Kind, addresses: Addresses, call: ReadyCall) {
+/// Remembers that a call was made, and how to make it again.
+pub(crate) fn keep(kind: &Kind, addresses: Addresses, call: Option<ReadyCall>) {
     put(addresses.place(), Box::new(Launch { kind: kind.number, addresses, call }));
 }
 

@@ -8,7 +8,7 @@ use pyo3::Python;
 use crate::asked::{Results, TorchCall};
 use crate::call::Call;
 use crate::errors::Result;
-use crate::memo::{self, Addresses, Kind};
+use crate::memo::{self, Addresses, Again, Kind};
 use crate::runtime::default_runtime;
 use crate::shim::{Tensor, Torch};
 
@@ -44,10 +44,10 @@ pub(crate) unsafe fn run(torch: &'static Torch, call: &TorchCall<'_>, gil: Optio
             let stream = torch.current_stream(call.query.device())?;
             let (made, addresses) = Made::new(torch, call, &kind.results)?;
             // SAFETY: forwarded from the caller; the tensors are of this kind.
-            if unsafe { memo::launch(&kind, &addresses, stream) }? {
-                return Ok(made);
+            match unsafe { memo::launch(&kind, &addresses, stream) }? {
+                Again::Launched => return Ok(made),
+                again => Some((kind, made, addresses, again)),
             }
-            Some((kind, made, addresses))
         }
         None => None,
     };
@@ -63,17 +63,17 @@ pub(crate) unsafe fn run(torch: &'static Torch, call: &TorchCall<'_>, gil: Optio
 unsafe fn run_new(
     torch: &'static Torch,
     call: &TorchCall<'_>,
-    known: Option<(Rc<Kind>, Made, Addresses)>,
+    known: Option<(Rc<Kind>, Made, Addresses, Again)>,
     gil: Option<Python<'_>>,
 ) -> Result<Made> {
     let asked = call.asked()?;
     let inputs = asked.inputs()?;
     let results = Results::of(&inputs);
-    let (kind, made, addresses) = match known {
-        Some((kind, made, addresses)) => (Some(kind), made, addresses),
+    let (kind, made, addresses, again) = match known {
+        Some((kind, made, addresses, again)) => (Some(kind), made, addresses, again),
         None => {
             let (made, addresses) = Made::new(torch, call, &results)?;
-            (None, made, addresses)
+            (None, made, addresses, Again::New)
         }
     };
     let out = asked.out.unwrap_or_else(|| results.out(addresses.out()));
@@ -82,22 +82,22 @@ unsafe fn run_new(
     described.check_outer(&results.shape, results.rank)?;
     let device = inputs.query.device;
     let (runtime, stream) = (default_runtime(device)?, torch.current_stream(device)?);
-    if device != Device::Cpu && described.is_one_launch() {
-        // SAFETY: forwarded from the caller; later launches have a promise of their own (`memo::launch`).
-        let ready = unsafe {
-            let mut ready = described.ready(runtime, stream)?;
-            ready.launch(stream)?;
-            ready
-        };
-        memo::keep(&kind.unwrap_or_else(|| memo::learn(call, results)), addresses, ready);
-        return Ok(made);
-    }
-    // SAFETY: forwarded from the caller.
-    let work = || unsafe { described.run(runtime, stream) };
+    let remembered = device != Device::Cpu && described.is_one_launch();
+    let mut ready = None;
+    // SAFETY: forwarded from the caller; later launches have a promise of their own (`memo::launch`).
+    let mut work = || unsafe {
+        if remembered && again == Again::Once {
+            return ready.insert(described.ready(runtime, stream)?).launch(stream);
+        }
+        described.run(runtime, stream)
+    };
     match gil {
         // A launch takes microseconds: giving up the GIL would cost more than it brings.
         Some(py) if device == Device::Cpu => py.detach(work)?,
         _ => work()?,
+    }
+    if remembered {
+        memo::keep(&kind.unwrap_or_else(|| memo::learn(call, results)), addresses, ready);
     }
     Ok(made)
 }

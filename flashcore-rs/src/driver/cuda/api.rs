@@ -60,6 +60,7 @@ api! {
     fn tensor_map_encode_tiled = "cuTensorMapEncodeTiled"(
         *mut c_void, c_uint, c_uint, *mut c_void, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint, c_uint, c_uint,
     );
+    fn tensor_map_replace_address = "cuTensorMapReplaceAddress"(*mut c_void, *mut c_void);
     fn mem_alloc_async = "cuMemAllocAsync"(*mut sys::CUdeviceptr, usize, sys::CUstream);
     fn mem_free_async = "cuMemFreeAsync"(sys::CUdeviceptr, sys::CUstream);
     fn memset_d8_async = "cuMemsetD8Async"(sys::CUdeviceptr, u8, usize, sys::CUstream);

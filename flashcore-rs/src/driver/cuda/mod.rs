@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 
 use self::api::Api;
 use super::{
-    ContextHandle, DeviceInfo, Driver, EventHandle, FunctionHandle, GraphHandle, LaunchRequest, MAX_PARAMS,
+    ContextHandle, DeviceInfo, Driver, EventHandle, FunctionHandle, GraphHandle, LaunchRequest, MAX_PARAMS, MapChange,
     ModuleHandle, StreamHandle, TensorMap, TensorMapSpec,
 };
 use crate::dtype::DType;
@@ -115,6 +115,18 @@ impl CudaDriver {
             "cuTensorMapEncodeTiled"
         )?;
         Ok(map)
+    }
+
+    /// Moves an encoded descriptor to another address; some context is current.
+    fn move_map(&self, map: &mut [u8], address: u64) -> Result<()> {
+        debug_assert_eq!(map.len(), size_of::<TensorMap>());
+        // SAFETY: `map` is a descriptor that `encode` made, at a multiple of its size in a block that is aligned to it.
+        // The driver validates the address and does not dereference it.
+        cu!(
+            self,
+            tensor_map_replace_address(map.as_mut_ptr().cast(), address as *mut c_void),
+            "cuTensorMapReplaceAddress"
+        )
     }
 
     /// Runs `body` with the thread's capture mode relaxed, so that loading a module is legal while some stream captures.
@@ -260,8 +272,11 @@ impl Driver for CudaDriver {
 
     fn launch(&self, context: ContextHandle, request: &mut LaunchRequest<'_>) -> Result<()> {
         let _bound = self.bind(context)?;
-        for (index, spec) in request.tensor_maps {
-            request.params.set(*index, &self.encode(spec)?.0);
+        for (index, change) in request.tensor_maps {
+            match change {
+                MapChange::New(spec) => request.params.set(*index, &self.encode(spec)?.0),
+                MapChange::Moved(address) => self.move_map(request.params.get_mut(*index), *address)?,
+            }
         }
         let params = &*request.params;
         let base = params.as_ptr();
@@ -295,8 +310,9 @@ impl Driver for CudaDriver {
             numAttrs: attributes,
         };
         // SAFETY: the function is loaded in the bound context. `pointers` has one entry per parameter, in order, into
-        // `params` (the driver reads as many as the code has parameters, and no more), which outlives the call (the driver copies arguments before it returns); count and sizes were
-        // checked against the code when it was loaded. What the arguments point to is the caller's contract.
+        // `params` (the driver reads as many as the code has parameters, and no more), which outlives the call (the
+        // driver copies arguments before it returns); count and sizes were checked against the code when it was loaded.
+        // What the arguments point to is the caller's contract.
         cu!(
             self,
             launch_kernel_ex(

@@ -118,6 +118,13 @@ pub(super) fn encode_tensor_map(spec: &TensorMapSpec) -> TensorMap {
     map
 }
 
+/// Moves a descriptor; false if it is none.
+pub(super) fn move_tensor_map(bytes: &mut [u8], address: u64) -> bool {
+    let Some(spec) = decode_tensor_map(bytes) else { return false };
+    bytes.copy_from_slice(&encode_tensor_map(&TensorMapSpec { address, ..spec }).0);
+    true
+}
+
 fn decode_tensor_map(bytes: &[u8]) -> Option<TensorMapSpec> {
     let bytes: &[u8; 128] = bytes.try_into().ok()?;
     if bytes[..8] != MAGIC {

@@ -18,8 +18,8 @@ pub use self::decode::{Argument, Arguments};
 use self::execute::Bytes;
 use self::memory::{Clock, Memory, Point, Span, join};
 use super::{
-    ContextHandle, DeviceInfo, Driver, EventHandle, FunctionHandle, GraphHandle, LaunchRequest, ModuleHandle,
-    ParamBlock, StreamHandle, TensorMap, TensorMapSpec, result_error,
+    ContextHandle, DeviceInfo, Driver, EventHandle, FunctionHandle, GraphHandle, LaunchRequest, MapChange,
+    ModuleHandle, ParamBlock, StreamHandle, TensorMap, TensorMapSpec, result_error,
 };
 use crate::bundle::manifest::{Launch, Manifest, Quantity, Tensor, Variant};
 use crate::bundle::sha256_hex;
@@ -37,6 +37,7 @@ pub enum Entry {
     ParamCount,
     ParamInfo,
     EncodeTensorMap,
+    MoveTensorMap,
     Launch,
     Alloc,
     Free,
@@ -247,6 +248,7 @@ fn failure(entry: Entry, code: u32) -> Error {
         Entry::ParamCount => "cuFuncGetParamCount",
         Entry::ParamInfo => "cuFuncGetParamInfo",
         Entry::EncodeTensorMap => "cuTensorMapEncodeTiled",
+        Entry::MoveTensorMap => "cuTensorMapReplaceAddress",
         Entry::Launch => "cuLaunchKernelEx",
         Entry::Alloc => "cuMemAllocAsync",
         Entry::Free => "cuMemFreeAsync",
@@ -710,6 +712,22 @@ impl State {
     }
 }
 
+impl MockDriver {
+    fn move_tensor_map(&self, context: ContextHandle, map: &mut [u8], address: u64) -> Result<()> {
+        if self.idle {
+            return Ok(());
+        }
+        let (mut state, _) = self.enter(Entry::MoveTensorMap, Some(context))?;
+        if !address.is_multiple_of(16) {
+            return Err(failure(Entry::MoveTensorMap, INVALID_VALUE));
+        }
+        if !decode::move_tensor_map(map, address) {
+            state.violation("MoveTensorMap: no descriptor was encoded there");
+        }
+        Ok(())
+    }
+}
+
 impl Driver for MockDriver {
     fn device_count(&self) -> Result<u32> {
         let (state, _) = self.enter(Entry::DeviceCount, None)?;
@@ -799,8 +817,11 @@ impl Driver for MockDriver {
     }
 
     fn launch(&self, context: ContextHandle, request: &mut LaunchRequest<'_>) -> Result<()> {
-        for (index, spec) in request.tensor_maps {
-            request.params.set(*index, &self.encode_tensor_map(context, spec)?.0);
+        for (index, change) in request.tensor_maps {
+            match change {
+                MapChange::New(spec) => request.params.set(*index, &self.encode_tensor_map(context, spec)?.0),
+                MapChange::Moved(address) => self.move_tensor_map(context, request.params.get_mut(*index), *address)?,
+            }
         }
         if self.idle {
             std::hint::black_box(request);
