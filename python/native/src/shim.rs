@@ -407,10 +407,8 @@ impl<'a> TensorRef<'a> {
     pub(crate) fn address(self) -> Result<u64> {
         let mut data = ptr::null_mut();
         // SAFETY: the handle is live, and `data` has room for what is asked.
-        done(
-            unsafe { (self.torch.symbols.aoti_torch_get_data_ptr)(self.handle, &mut data) },
-            "find a tensor's memory",
-        )?;
+        let status = unsafe { (self.torch.symbols.aoti_torch_get_data_ptr)(self.handle, &mut data) };
+        done(status, "find a tensor's memory")?;
         Ok(data.addr() as u64)
     }
 
