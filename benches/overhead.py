@@ -101,7 +101,7 @@ def ways(device: str) -> dict[str, Call]:
 
 def other_tensors(like: torch.Tensor) -> Call:
     """A call with tensors that were not called with lately: it goes round more of them than FlashCore remembers."""
-    sets = [tuple(torch.empty_like(like).normal_() for _ in range(4)) for _ in range(CALLS)]
+    sets = [tuple(torch.empty_like(like).normal_() for _ in range(4)) for _ in range(5 * CALLS)]
     turn = itertools.cycle(sets)
 
     def call() -> None:

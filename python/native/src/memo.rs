@@ -16,10 +16,10 @@ use crate::operand::MAX_RANK;
 use crate::sdpa::Options;
 use crate::shim::Look;
 
-/// Calls by all but their addresses. A power of two.
-const KINDS: usize = 32;
-/// Calls ready to be launched: those of the layers of a model. A power of two.
-const LAUNCHES: usize = 64;
+/// Places for calls by all but their addresses. A power of two, as the next.
+const KINDS: usize = 64;
+/// Places for calls to be launched again: many more than a model has layers, so that few meet at one place.
+const LAUNCHES: usize = 256;
 
 /// A call without its addresses, and what is known of it.
 pub(crate) struct Kind {
