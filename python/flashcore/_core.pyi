@@ -44,7 +44,7 @@ def attention(
     causal_align: str,
     return_lse: bool,
     out: Any,
-    elsewhere: bool,
+    backend: str,
     /,
 ) -> Any: ...
 def last_plan() -> LastPlan | None: ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from flashcore._core import attention as native
-from flashcore.errors import InvalidArgumentError
 
 try:
     from torch.compiler import is_dynamo_compiling
@@ -99,9 +98,6 @@ def attention(
 
     A row that sees no key gives 0, and a log-sum-exp of -inf. Nothing is written when an exception is raised.
     """
-    elsewhere = backend == "auto"
-    if not elsewhere and backend != "flashcore":
-        raise InvalidArgumentError(f'backend: given {backend!r}; accepted "auto" or "flashcore"')
     if not is_dynamo_compiling():
         result = native(
             query,
@@ -116,7 +112,7 @@ def attention(
             causal_align,
             return_lse,
             out,
-            elsewhere,
+            backend,
         )
         if result is not NotImplemented:
             return result
@@ -133,5 +129,5 @@ def attention(
         causal_align=causal_align,
         return_lse=return_lse,
         out=out,
-        fallback=elsewhere,
+        backend=backend,
     )

@@ -40,9 +40,11 @@ def dispatch(
     causal_align: str,
     return_lse: bool,
     out: Tensor | None,
-    fallback: bool,
+    backend: str,
 ) -> Any:
     """A call of `flashcore.attention` that torch has to see."""
+    if backend not in ("auto", "flashcore"):
+        raise InvalidArgumentError(f'backend: given {backend!r}; accepted "auto" or "flashcore"')
     operator = torch.ops.flashcore.attention_lse if return_lse else torch.ops.flashcore.attention
     left, right = window or (None, None)
     options = {
@@ -51,7 +53,7 @@ def dispatch(
         "window_left": left,
         "window_right": right,
         "bottom_right": causal_align == "bottom_right",
-        "fallback": fallback,
+        "fallback": backend == "auto",
     }
     if is_dynamo_compiling():
         result = operator(query, key, value, attn_mask, dropout_p, is_causal, **options)

@@ -121,7 +121,7 @@ def ours(
 ) -> Any:
     """FlashCore's answer, or an exception."""
     result = _core.attention(
-        query, key, value, mask, dropout_p, is_causal, scale, True, None, "top_left", return_lse, out, False
+        query, key, value, mask, dropout_p, is_causal, scale, True, None, "top_left", return_lse, out, "flashcore"
     )
     if result is not NotImplemented:
         return result

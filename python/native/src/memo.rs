@@ -116,7 +116,7 @@ struct Launch {
     kind: u64,
     addresses: Addresses,
     /// `None` when it was made once.
-    call: Option<ReadyCall>,
+    call: Option<RefCell<ReadyCall>>,
 }
 
 /// What became of a call that may have been made before.
@@ -132,7 +132,7 @@ pub(crate) enum Again {
 
 struct Memo {
     kinds: [Option<Rc<Kind>>; KINDS],
-    launches: [Option<Box<Launch>>; LAUNCHES],
+    launches: [Option<Rc<Launch>>; LAUNCHES],
     /// Kinds there have been.
     count: u64,
 }
@@ -175,26 +175,23 @@ pub(crate) fn learn(call: &TorchCall<'_>, results: Results) -> Rc<Kind> {
 #[expect(unsafe_code, reason = "memory that the caller vouches for")]
 #[inline]
 pub(crate) unsafe fn launch(kind: &Kind, addresses: &Addresses, stream: u64) -> Result<Again> {
-    let place = addresses.place();
-    // Taken out meanwhile: a logger, say, may call again.
-    let taken = MEMO.with_borrow_mut(|memo| {
-        memo.launches[place].take_if(|launch| launch.kind == kind.number && launch.addresses == *addresses)
+    let made = MEMO.with_borrow(|memo| {
+        let launch = memo.launches[addresses.place()].as_ref();
+        launch.filter(|launch| launch.kind == kind.number && launch.addresses == *addresses).cloned()
     });
-    let Some(mut launch) = taken else { return Ok(Again::New) };
-    let Some(call) = &mut launch.call else { return Ok(Again::Once) };
+    let Some(launch) = made else { return Ok(Again::New) };
+    let Some(call) = &launch.call else { return Ok(Again::Once) };
+    // In use already: a logger, say, that calls again.
+    let Ok(mut call) = call.try_borrow_mut() else { return Ok(Again::New) };
     // SAFETY: the call was prepared for these addresses and this kind; the rest is the caller's promise.
     unsafe { call.launch(stream) }?;
-    put(place, launch);
     Ok(Again::Launched)
 }
 
 /// Remembers that a call was made, and how to make it again.
 pub(crate) fn keep(kind: &Kind, addresses: Addresses, call: Option<ReadyCall>) {
-    put(addresses.place(), Box::new(Launch { kind: kind.number, addresses, call }));
-}
-
-fn put(place: usize, launch: Box<Launch>) {
-    let old = MEMO.with_borrow_mut(|memo| memo.launches[place].replace(launch));
+    let launch = Rc::new(Launch { kind: kind.number, addresses, call: call.map(RefCell::new) });
+    let old = MEMO.with_borrow_mut(|memo| memo.launches[addresses.place()].replace(launch));
     drop(old);
 }
 

@@ -1,8 +1,9 @@
 //! A call as Python makes it.
 
 use flashcore::CausalAlign;
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyNotImplemented;
+use pyo3::types::{PyNotImplemented, PyString, PyStringMethods};
 
 use crate::asked::{Asked, Results, TorchCall};
 use crate::call::Call;
@@ -144,11 +145,20 @@ pub(crate) fn causal_align(name: &str) -> Result<CausalAlign> {
     }
 }
 
+/// Whether torch's own SDPA may answer instead, by the name of the backend.
+fn elsewhere(backend: &str) -> Result<bool> {
+    match backend {
+        "auto" => Ok(true),
+        "flashcore" => Ok(false),
+        other => Err(invalid("backend", format!("{other:?}"), r#""auto" or "flashcore""#).into()),
+    }
+}
+
 /// The call of `flashcore.attention` without torch's dispatcher. `NotImplemented` when torch must see the call:
-/// gradients, subclasses, modes, transforms, and with `elsewhere` also what torch's own SDPA may be able to do.
+/// gradients, subclasses, modes, transforms, and with the backend "auto" also what torch's own SDPA may be able to do.
 #[pyfunction]
 #[pyo3(signature = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, causal_align, return_lse,
-    out, elsewhere, /))]
+    out, backend, /))]
 #[expect(clippy::too_many_arguments, reason = "the signature of SDPA")]
 pub(crate) fn attention<'py>(
     query: &Bound<'py, PyAny>,
@@ -160,12 +170,18 @@ pub(crate) fn attention<'py>(
     scale: Option<f64>,
     enable_gqa: bool,
     window: Option<(Option<i64>, Option<i64>)>,
-    causal_align: &str,
+    causal_align: &Bound<'py, PyString>,
     return_lse: bool,
     out: Option<&Bound<'py, PyAny>>,
-    elsewhere: bool,
+    backend: &Bound<'py, PyString>,
 ) -> Result<Bound<'py, PyAny>> {
-    let causal_align = self::causal_align(causal_align)?;
+    // Python's constants are interned, so that all but a few calls need not look into them.
+    let py = query.py();
+    let causal_align = match causal_align.is(intern!(py, "top_left")) {
+        true => CausalAlign::TopLeft,
+        false => self::causal_align(&causal_align.to_cow()?)?,
+    };
+    let elsewhere = backend.is(intern!(py, "auto")) || elsewhere(&backend.to_cow()?)?;
     let options = Options { dropout_p, is_causal, scale, enable_gqa, window, causal_align };
     let request = Request { query, key, value, attn_mask, options };
     let Some(library) = request.direct(out)? else { return Ok(not_implemented(query.py())) };
