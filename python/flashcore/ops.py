@@ -86,9 +86,36 @@ def is_plain(options: dict[str, Any]) -> bool:
     return unlimited and not options.get("bottom_right")
 
 
+def direct(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    return_lse: bool,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    bottom_right: bool = False,
+    fallback: bool = True,
+) -> Any:
+    """The call without the rest of torch's dispatcher; `NotImplemented` when torch has to see it."""
+    if type(query) is not Tensor:
+        return NotImplemented
+    window = None if window_left is None and window_right is None else (window_left, window_right)
+    align = "bottom_right" if bottom_right else "top_left"
+    backend = "auto" if fallback else "flashcore"
+    return _core.attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, align, return_lse, None, backend
+    )
+
+
 def autograd(name: str) -> Kernel:
-    """Above autograd: torch's own SDPA where gradients are asked for, else the kernels below."""
+    """Above autograd: torch's own SDPA where gradients are asked for, else a launch, or the kernels below."""
     operator = getattr(torch.ops.flashcore, name).default
+    return_lse = name == "attention_lse"
 
     def kernel(
         query: Tensor,
@@ -99,11 +126,14 @@ def autograd(name: str) -> Kernel:
         is_causal: bool = False,
         **options: Any,
     ) -> Any:
+        result = direct(query, key, value, attn_mask, dropout_p, is_causal, return_lse, **options)
+        if result is not NotImplemented:
+            return result
         reason = needs_derivative(query, key, value, attn_mask)
         if reason is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        if name != "attention" or not is_plain(options) or not options.get("fallback", True):
+        if return_lse or not is_plain(options) or not options.get("fallback", True):
             raise UnsupportedError(reason)
         _core.log_fallback(reason)
         return torch.ops.aten.scaled_dot_product_attention(

@@ -150,7 +150,7 @@ fn elsewhere(backend: &str) -> Result<bool> {
     match backend {
         "auto" => Ok(true),
         "flashcore" => Ok(false),
-        other => Err(invalid("backend", format!("{other:?}"), r#""auto" or "flashcore""#).into()),
+        other => Err(invalid("backend", format!("'{other}'"), r#""auto" or "flashcore""#).into()),
     }
 }
 
