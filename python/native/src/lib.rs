@@ -1,9 +1,10 @@
 //! `flashcore._core`: the Python face of FlashCore.
 //!
 //! Arrays come in as plain [`operand::Operand`]s, from Python through [`library`] and [`request`], and from torch's
-//! dispatcher through [`op`]. [`sdpa`] says what they mean, and [`call`] runs them on a [`flashcore::Runtime`]. `unsafe`
-//! is confined to the boundaries, [`dlpack`], [`quiet`], [`internals`], [`shim`] and [`op`], and to [`call`], where the
-//! described memory is used.
+//! dispatcher through [`op`]. [`asked`] is a call as it came, [`sdpa`] says what it means, and [`call`] runs it on a
+//! [`flashcore::Runtime`]. Calls on torch's tensors go through [`torch_call`], which looks into [`memo`] first. `unsafe` is
+//! confined to the boundaries, [`dlpack`], [`quiet`], [`internals`], [`shim`] and [`op`], and to the four that hand memory
+//! on: [`request`], [`torch_call`], [`memo`] and [`call`].
 
 mod asked;
 mod call;
