@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flashcore
+from flashcore import _core
 
 KERNEL_COLUMNS = ("name", "dtype", "head_dim_qk", "band", "attn_mask", "tile", "registers", "spill_bytes", "code_bytes")
 
@@ -42,6 +43,12 @@ def driver() -> str:
     return "CUDA {}.{}".format(*found[0].driver_version) if found else "no devices"
 
 
+def asked_through() -> str:
+    """How calls learn what torch knows of tensors and the thread."""
+    _, inside = _core.is_quiet()
+    return "Python" if inside is None else "C++"
+
+
 def environment() -> dict[str, Any]:
     """Everything that a bug report needs."""
     return {
@@ -49,6 +56,7 @@ def environment() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "torch": attempt(lambda: version_of("torch")),
+        "torch_asked_through": attempt(asked_through),
         "numpy": attempt(lambda: version_of("numpy")),
         "driver": attempt(driver),
         "devices": attempt(lambda: [properties(device) for device in flashcore.devices()]),

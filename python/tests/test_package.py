@@ -151,11 +151,12 @@ def test_env_always_prints(options: tuple[str, ...], environment: dict[str, str]
     done = python("-m", "flashcore", "env", *options, **environment)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    keys = {"flashcore", "python", "platform", "torch", "numpy", "driver", "devices", "bundles"}
+    keys = {"flashcore", "python", "platform", "torch", "torch_asked_through", "numpy", "driver", "devices", "bundles"}
     if options:
         report = json.loads(done.stdout)
         assert report.keys() == keys
         assert report["flashcore"] == flashcore.__version__
+        assert report["torch_asked_through"] == "C++"
         assert {bundle["arch"] for bundle in report["bundles"]} >= {"sm_90a"}
     else:
         assert {line.split()[0] for line in done.stdout.splitlines()} == keys
