@@ -17,7 +17,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from flashcore import _core
+from flashcore import _core, ops
 from flashcore.errors import InvalidArgumentError, UnsupportedError
 
 NAME = "FlashCore"
@@ -39,7 +39,9 @@ def flash(
     if return_debug_mask:
         raise UnsupportedError("return_debug_mask")
     out, lse = ours(query, key, value, None, dropout_p, is_causal, scale, return_lse=True)
-    return out, lse, None, None, query.shape[2], key.shape[2], None, None, None
+    # A compiled forward keeps these two for a backward that does not read them.
+    state, unused = (query.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    return out, lse, None, None, query.shape[2], key.shape[2], state, unused, None
 
 
 def cudnn(
@@ -125,8 +127,24 @@ def ours(
     )
     if result is not NotImplemented:
         return result
-    asking = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    raise UnsupportedError(GRADIENTS if asking else "a mode of torch is on, or a tensor is more than its memory")
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise UnsupportedError(GRADIENTS)
+    return ops.dispatch(
+        query,
+        key,
+        value,
+        mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=True,
+        window=None,
+        causal_align="top_left",
+        return_lse=return_lse,
+        out=out,
+        backend="flashcore",
+    )
 
 
 def override(operator: Any, key: str, answer: Answer) -> Callable[..., Any]:

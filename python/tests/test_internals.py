@@ -134,9 +134,8 @@ def test_threads_have_states_of_their_own() -> None:
     [
         lambda x: torch.nested.nested_tensor([x, x]),
         lambda x: x.to_sparse(),
-        lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     ],
-    ids=["nested", "sparse", "zero"],
+    ids=["nested", "sparse"],
 )
 def test_tensors_without_plain_memory_are_not_read(strange: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.randn(2, 3, 4, 8)
@@ -144,6 +143,19 @@ def test_tensors_without_plain_memory_are_not_read(strange: Callable[[torch.Tens
     with pytest.raises((RuntimeError, NotImplementedError, ValueError)) as caught:
         flashcore.attention(strange(x), x, x, backend="flashcore")
     assert "internal error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, None)], ids=["whole", "view"])
+def test_zeros_without_memory_reach_torch(rows: slice) -> None:
+    """A view of them has an address: that of no memory, and the offset."""
+    x = torch.randn(2, 3, 4, 8)
+    zeros = torch._efficientzerotensor((3 if rows.start else 2, 3, 4, 8))[rows]
+    assert not both(zeros)
+    expected = x.mean(-2, keepdim=True).expand_as(x)
+    for call in (flashcore.attention, torch.ops.flashcore.attention):
+        torch.testing.assert_close(call(zeros, x, x), expected)
+    with pytest.raises(flashcore.InvalidArgumentError, match="zeros without memory"):
+        flashcore.explain(zeros, x, x)
 
 
 def test_functional_tensors_reach_torch() -> None:

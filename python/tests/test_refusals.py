@@ -194,6 +194,21 @@ def test_sizes_that_overflow() -> None:
         flashcore.attention(x[:, :, :1], x, x)
 
 
+def test_torch_says_that_memory_is_short() -> None:
+    """More than any machine has, asked for in an exception of torch's own."""
+    query = torch.zeros(1, 1, 1, 256, dtype=torch.float64).expand(1, 1, (1 << 31) - 1, 256)
+    key = torch.zeros(1, 1, 1, 256, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"allocator|out of memory|can't allocate"):
+        flashcore.attention(query, key, key)
+
+
+@pytest.mark.parametrize("backend", ["cuda", None, 1])
+def test_a_backend_that_is_none(backend: object) -> None:
+    x = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(flashcore.InvalidArgumentError, match=r"backend: given .*accepted"):
+        flashcore.attention(x, x, x, backend=backend)
+
+
 def test_views_and_tensors_that_a_plan_cannot_keep(device: str) -> None:
     """A plan and an explanation read memory, and see no more of a tensor than that."""
     query, key, value = Case().tensors(device, torch.float16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
+import flashcore.sdpa
 from reference import Case
 
 sdpa = F.scaled_dot_product_attention
@@ -155,6 +158,39 @@ def test_compiled_code_reaches_flashcore(device: str) -> None:
         found = compiled(*inputs)
         assert flashcore.last_plan().kernel != "none"
     torch.testing.assert_close(found, sdpa(inputs[0] * 1.5, *inputs[1:], is_causal=True) + 1, rtol=4e-3, atol=4e-3)
+
+
+def test_compiled_training(device: str) -> None:
+    """The compiled forward asks for no gradients: FlashCore answers it, and torch's backward gets its results."""
+    case = Case(seq_q=64, seq_k=64, dim=64)
+    inputs = [x.requires_grad_() for x in case.tensors(device, torch.float16 if device == "cuda" else torch.float32)]
+    for backend in (sdpa_kernel(SDPBackend.FLASH_ATTENTION), contextlib.nullcontext()):
+        with backend:
+            expected = torch.autograd.grad(sdpa(*inputs).sum(), inputs)
+            with flashcore.sdpa_override((device,)):
+                compiled = torch.compile(lambda *tensors: sdpa(*tensors), backend="aot_eager")
+                found = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+        torch._dynamo.reset()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_what_a_flash_backward_keeps() -> None:
+    query, key, value = Case().tensors("cpu", torch.float16)
+    returns = torch.ops.aten._scaled_dot_product_flash_attention.default._schema.returns
+    results = flashcore.sdpa.flash(query, key, value)
+    found = {result.name: value for result, value in zip(returns, results, strict=True)}
+    kept = {"output", "logsumexp", *list(found)[6:8]}
+    assert {name for name, value in found.items() if isinstance(value, Tensor)} == kept
+
+
+def test_a_subclass_without_behaviour_reaches_flashcore() -> None:
+    class Subclass(Tensor):
+        pass
+
+    query, key, value = Case().tensors("cpu", torch.float32)
+    with torch.no_grad(), flashcore.sdpa_override(("cpu",)):
+        assert reached("cpu", query.as_subclass(Subclass), key, value)
 
 
 def test_cuda_graphs(cuda: str) -> None:

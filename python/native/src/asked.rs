@@ -57,7 +57,7 @@ impl TorchCall<'_> {
 }
 
 /// What the results of a call look like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Results {
     dtype: DType,
     device: Device,

@@ -36,6 +36,8 @@ pub(crate) enum Failure {
     Unsupported(String),
     /// A bug of ours, contained.
     Internal(String),
+    /// torch has no memory for a result, and did not say more.
+    Allocation,
     /// What torch raised, as text.
     Torch(String),
     /// What Python raised.
@@ -49,6 +51,7 @@ impl fmt::Display for Failure {
         match self {
             Self::Library(error) | Self::Elsewhere(error) | Self::Unreadable(error) => error.fmt(f),
             Self::Unsupported(message) | Self::Torch(message) => f.write_str(message),
+            Self::Allocation => f.write_str("torch could not allocate the output"),
             Self::Internal(message) => write!(f, "internal error, please report it: {message}"),
             Self::Python(error) => error.fmt(f),
         }
@@ -73,7 +76,7 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Python(error) => error,
             Failure::Unsupported(_) => classes::UnsupportedError::new_err(message),
-            Failure::Torch(_) => pyo3::exceptions::PyRuntimeError::new_err(message),
+            Failure::Torch(_) | Failure::Allocation => pyo3::exceptions::PyRuntimeError::new_err(message),
             Failure::Internal(_) => classes::FlashCoreError::new_err(message),
             Failure::Library(error) | Failure::Elsewhere(error) | Failure::Unreadable(error) => match error {
                 Error::InvalidArgument { .. } => classes::InvalidArgumentError::new_err(message),

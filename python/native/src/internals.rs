@@ -58,6 +58,8 @@ functions! {
     function_mode = "libtorch_cpu.so" "_ZN2at4impl27torch_function_mode_enabledEv" fn() -> bool;
     // at::native::is_neg(at::Tensor const&)
     is_neg = "libtorch_cpu.so" "_ZN2at6native6is_negERKNS_6TensorE" fn(*const c_void) -> bool;
+    // at::native::_is_zerotensor(at::Tensor const&)
+    is_zero = "libtorch_cpu.so" "_ZN2at6native14_is_zerotensorERKNS_6TensorE" fn(*const c_void) -> bool;
     // THPVariable_Wrap(at::TensorBase const&)
     wrap = "libtorch_python.so" "_Z16THPVariable_WrapRKN2at10TensorBaseE" fn(*const c_void) -> *mut ffi::PyObject;
 }
@@ -116,16 +118,37 @@ impl Internals {
         for &sample in samples {
             let object = sample.object();
             let asks = object.getattr("requires_grad")?.is_truthy()?;
+            let is_zero = object.call_method0("_is_zerotensor")?.is_truthy()?;
             let same = self.is_neg(sample)? == object.call_method0("is_neg")?.is_truthy()?
+                && self.is_zero(sample)? == is_zero
                 && self.requires_grad(sample)? == asks
                 && (self.has_autograd(sample) || !asks)
-                && self.look(&QUERY, sample).is_ok_and(|look| describes(&look, object).unwrap_or(false))
+                && self.look(&QUERY, sample).is_ok_and(|look| is_zero || describes(&look, object).unwrap_or(false))
                 && self.wrap(object.py(), self.tensor(sample))?.is(object);
             if !same {
                 return Ok(false);
             }
         }
-        let py = torch.py();
+        let states = [
+            torch.call_method0("no_grad")?,
+            torch.call_method0("enable_grad")?,
+            torch.getattr("overrides")?.call_method0("BaseTorchFunctionMode")?,
+            torch.call_method1("autocast", ("cpu",))?,
+        ];
+        for state in states {
+            state.call_method0("__enter__")?;
+            let same = self.agrees_now(torch.py());
+            let none = torch.py().None();
+            state.call_method1("__exit__", (&none, &none, &none))?;
+            if !same? {
+                return Ok(false);
+            }
+        }
+        self.agrees_now(torch.py())
+    }
+
+    /// Whether the state of the thread is what Python says.
+    fn agrees_now(&self, py: Python<'_>) -> PyResult<bool> {
         Ok(self.grad_enabled(py)? == self.switches.grad_enabled(py)?
             && self.all_off(py)? == self.switches.all_off(py)?)
     }
@@ -198,6 +221,12 @@ impl State for Internals {
         // SAFETY: the argument is a live `at::Tensor`.
         Ok(unsafe { (self.functions.is_neg)(self.tensor(tensor).handle()) })
     }
+
+    #[inline]
+    fn is_zero(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
+        // SAFETY: the argument is a live `at::Tensor`.
+        Ok(unsafe { (self.functions.is_zero)(self.tensor(tensor).handle()) })
+    }
 }
 
 /// Tensors that differ in everything that is asked.
@@ -208,7 +237,8 @@ fn samples<'py>(torch: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let moved = half.call_method1("transpose", (0, 2))?.get_item(1)?;
     let negative = torch.call_method1("_neg_view", (&plain,))?;
     let parameter = torch.getattr("nn")?.call_method1("Parameter", (&plain,))?;
-    Ok(vec![plain, half, moved, negative, parameter])
+    let zero = torch.call_method("_efficientzerotensor", ((4, 3),), Some(&device))?;
+    Ok(vec![plain, half, moved, negative, parameter, zero])
 }
 
 /// Where all of these objects keep the pointer that Python calls `_cdata`: an `at::Tensor`, which is nothing else.

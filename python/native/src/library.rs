@@ -214,7 +214,7 @@ impl Torch {
                 }
                 continue;
             };
-            if state.is_neg(tensor)? {
+            if state.is_neg(tensor)? || state.is_zero(tensor)? {
                 return Ok(false);
             }
             if state.has_autograd(tensor) {
@@ -286,6 +286,9 @@ impl Torch {
         if self.switches.is_neg(tensor)? {
             let accepted = "a tensor as it is in memory; call .resolve_neg() first";
             return Err(invalid(role.name, "a view with its sign to be flipped (negative bit)", accepted).into());
+        }
+        if self.switches.is_zero(tensor)? {
+            return Err(invalid(role.name, "a tensor of zeros without memory", "a tensor with memory").into());
         }
         Ok(())
     }

@@ -31,6 +31,7 @@ pub(crate) struct Kind {
     return_lse: bool,
     options: Options,
     pub(crate) results: Results,
+    place: usize,
     /// No other kind of this thread ever has it.
     number: u64,
 }
@@ -148,11 +149,14 @@ pub(crate) fn find(call: &TorchCall<'_>) -> Option<Rc<Kind>> {
     MEMO.with_borrow(|memo| memo.kinds[place_of(call)].as_ref().filter(|kind| kind.is_of(call)).cloned())
 }
 
-/// Remembers what the results of a call look like.
-pub(crate) fn learn(call: &TorchCall<'_>, results: Results) -> Rc<Kind> {
-    MEMO.with_borrow_mut(|memo| {
-        memo.count += 1;
-        let kind = Rc::new(Kind {
+impl Kind {
+    /// A kind of its own, of which nothing is remembered yet.
+    pub(crate) fn new(call: &TorchCall<'_>, results: Results) -> Rc<Self> {
+        let number = MEMO.with_borrow_mut(|memo| {
+            memo.count += 1;
+            memo.count
+        });
+        Rc::new(Self {
             query: Outline::of(&call.query),
             key: Outline::of(&call.key),
             value: Outline::of(&call.value),
@@ -161,11 +165,10 @@ pub(crate) fn learn(call: &TorchCall<'_>, results: Results) -> Rc<Kind> {
             return_lse: call.return_lse,
             options: call.options,
             results,
-            number: memo.count,
-        });
-        memo.kinds[place_of(call)] = Some(kind.clone());
-        kind
-    })
+            place: place_of(call),
+            number,
+        })
+    }
 }
 
 /// Launches a call again, if it is ready for that.
@@ -189,18 +192,26 @@ pub(crate) unsafe fn launch(kind: &Kind, addresses: &Addresses, stream: u64) -> 
 }
 
 /// Remembers that a call was made, and how to make it again.
-pub(crate) fn keep(kind: &Kind, addresses: Addresses, call: Option<ReadyCall>) {
+pub(crate) fn keep(kind: Rc<Kind>, addresses: Addresses, call: Option<ReadyCall>) {
     let launch = Rc::new(Launch { kind: kind.number, addresses, call: call.map(RefCell::new) });
-    let old = MEMO.with_borrow_mut(|memo| memo.launches[addresses.place()].replace(launch));
+    let old = MEMO.with_borrow_mut(|memo| {
+        let place = kind.place;
+        (memo.launches[addresses.place()].replace(launch), memo.kinds[place].replace(kind))
+    });
     drop(old);
 }
 
 #[inline]
 fn place_of(call: &TorchCall<'_>) -> usize {
-    let flags =
-        u64::from(call.options.is_causal) | u64::from(call.out.is_some()) << 1 | u64::from(call.return_lse) << 2;
-    let sizes = call.query.sizes.iter().chain(call.key.sizes).map(|&size| size as u64);
-    mix(sizes.chain([flags])) % KINDS
+    let TorchCall { query, key, attn_mask, out, return_lse, options, .. } = call;
+    let flags = [options.is_causal, attn_mask.is_some(), out.is_some(), *return_lse, options.enable_gqa];
+    let flags = flags.iter().fold(0, |flags, &flag| flags << 1 | u64::from(flag));
+    let side = |side: Option<i64>| side.map_or(0, |keys| keys.wrapping_add(1) as u64);
+    let (left, right) = options.window.unwrap_or_default();
+    let [scalar, ..] = query.numbers();
+    let words = [flags, side(left), side(right), scalar as u64];
+    let layout = query.sizes.iter().chain(query.strides).chain(key.sizes).map(|&number| number as u64);
+    mix(layout.chain(words)) % KINDS
 }
 
 /// Spreads words over the low bits.

@@ -21,6 +21,7 @@ pub(crate) struct Switches {
     grad_enabled: Switch,
     requires_grad: Property,
     is_neg: Method,
+    is_zero: Method,
     forward_ad: Py<PyDict>,
     forward_level: Py<PyAny>,
 }
@@ -42,6 +43,7 @@ impl Switches {
             grad_enabled: Switch::of(torch.getattr("is_grad_enabled")?),
             requires_grad: Property::of(&base, c"requires_grad")?,
             is_neg: Method::of(&base, c"is_neg")?,
+            is_zero: Method::of(&base, c"_is_zerotensor")?,
             forward_ad: forward_ad.dict().unbind(),
             forward_level: "_current_level".into_pyobject(py)?.into_any().unbind(),
         })
@@ -62,6 +64,8 @@ pub(crate) trait State {
     fn has_autograd(&self, tensor: Plain<'_, '_>) -> bool;
     /// Whether a tensor stands for the negative of what is in its memory.
     fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool>;
+    /// Whether a tensor stands for zeros, and has no memory.
+    fn is_zero(&self, tensor: Plain<'_, '_>) -> PyResult<bool>;
 }
 
 impl State for Switches {
@@ -93,6 +97,10 @@ impl State for Switches {
 
     fn is_neg(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
         self.is_neg.call(tensor.object())
+    }
+
+    fn is_zero(&self, tensor: Plain<'_, '_>) -> PyResult<bool> {
+        self.is_zero.call(tensor.object())
     }
 }
 

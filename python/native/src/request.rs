@@ -3,6 +3,7 @@
 use flashcore::CausalAlign;
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyNotImplemented, PyString, PyStringMethods};
 
 use crate::asked::{Asked, Results, TorchCall};
@@ -146,11 +147,11 @@ pub(crate) fn causal_align(name: &str) -> Result<CausalAlign> {
 }
 
 /// Whether torch's own SDPA may answer instead, by the name of the backend.
-fn elsewhere(backend: &str) -> Result<bool> {
-    match backend {
-        "auto" => Ok(true),
-        "flashcore" => Ok(false),
-        other => Err(invalid("backend", format!("'{other}'"), r#""auto" or "flashcore""#).into()),
+fn elsewhere(backend: &Bound<'_, PyAny>) -> Result<bool> {
+    match backend.extract::<PyBackedStr>().as_deref() {
+        Ok("auto") => Ok(true),
+        Ok("flashcore") => Ok(false),
+        _ => Err(invalid("backend", backend.repr()?, r#""auto" or "flashcore""#).into()),
     }
 }
 
@@ -173,7 +174,7 @@ pub(crate) fn attention<'py>(
     causal_align: &Bound<'py, PyString>,
     return_lse: bool,
     out: Option<&Bound<'py, PyAny>>,
-    backend: &Bound<'py, PyString>,
+    backend: &Bound<'py, PyAny>,
 ) -> Result<Bound<'py, PyAny>> {
     // Python's constants are interned, so that all but a few calls need not look into them.
     let py = query.py();
@@ -181,7 +182,7 @@ pub(crate) fn attention<'py>(
         true => CausalAlign::TopLeft,
         false => self::causal_align(&causal_align.to_cow()?)?,
     };
-    let elsewhere = backend.is(intern!(py, "auto")) || elsewhere(&backend.to_cow()?)?;
+    let elsewhere = backend.is(intern!(py, "auto")) || elsewhere(backend)?;
     let options = Options { dropout_p, is_causal, scale, enable_gqa, window, causal_align };
     let request = Request { query, key, value, attn_mask, options };
     let Some(library) = request.direct(out)? else { return Ok(not_implemented(query.py())) };
@@ -206,7 +207,11 @@ fn run<'py>(
     if let Library::Torch(torch) = library
         && let Some(internals) = torch.internals()
     {
-        return request.run_inside(torch, internals, out, return_lse);
+        match request.run_inside(torch, internals, out, return_lse) {
+            // Asked through Python, torch says why in an exception of its own.
+            Err(Failure::Allocation) => {}
+            result => return result,
+        }
     }
     let py = request.query.py();
     let mut reader = Reader::new(library);

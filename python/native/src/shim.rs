@@ -304,7 +304,7 @@ impl Torch {
         };
         match status {
             0 => Ok(Tensor { torch: self, handle }),
-            _ => Err(Failure::Torch("torch could not allocate the output".into())),
+            _ => Err(Failure::Allocation),
         }
     }
 
@@ -475,7 +475,7 @@ impl Look<'_> {
         Ok(Operand::new(role, device, address, dtype, sizes, strides)?)
     }
 
-    /// The ordinal of the CUDA device that it is on, if it is on one.
+    /// The CUDA device that it is on, or the CPU.
     #[inline]
     pub(crate) fn device(&self) -> Device {
         if self.kind == DEVICE_CUDA { Device::Cuda(self.index.unsigned_abs()) } else { Device::Cpu }

@@ -70,8 +70,8 @@ unsafe fn run_new(
     let inputs = asked.inputs()?;
     let results = Results::of(&inputs);
     let (kind, made, addresses, again) = match known {
-        Some((kind, made, addresses, again)) => (Some(kind), made, addresses, again),
-        None => {
+        Some((kind, made, addresses, again)) if kind.results == results => (Some(kind), made, addresses, again),
+        _ => {
             let (made, addresses) = Made::new(torch, call, &results)?;
             (None, made, addresses, Again::New)
         }
@@ -83,6 +83,8 @@ unsafe fn run_new(
     let device = inputs.query.device;
     let (runtime, stream) = (default_runtime(device)?, torch.current_stream(device)?);
     let remembered = device != Device::Cpu && described.is_one_launch();
+    // Before the launch: a logger may run then, and whoever it lets run may change the tensors.
+    let kind = remembered.then(|| kind.unwrap_or_else(|| Kind::new(call, results)));
     let mut ready = None;
     // SAFETY: forwarded from the caller; later launches have a promise of their own (`memo::launch`).
     let mut work = || unsafe {
@@ -96,8 +98,8 @@ unsafe fn run_new(
         Some(py) if device == Device::Cpu => py.detach(work)?,
         _ => work()?,
     }
-    if remembered {
-        memo::keep(&kind.unwrap_or_else(|| memo::learn(call, results)), addresses, ready);
+    if let Some(kind) = kind {
+        memo::keep(kind, addresses, ready);
     }
     Ok(made)
 }
