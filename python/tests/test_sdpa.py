@@ -222,8 +222,8 @@ def test_switching() -> None:
 
 
 def test_the_registry_of_torch() -> None:
-    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
-        pytest.skip("this torch has no registry of flash implementations")
+    if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        pytest.skip(f"torch {torch.__version__} has no registry of flash implementations that gives them back")
     assert "FlashCore" in torch.nn.attention.list_flash_attention_impls()
     assert torch.nn.attention.current_flash_attention_impl() is None
     torch.nn.attention.activate_flash_attention_impl("FlashCore")
