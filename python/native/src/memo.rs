@@ -214,9 +214,13 @@ fn place_of(call: &TorchCall<'_>) -> usize {
     mix(layout.chain(words)) % KINDS
 }
 
-/// Spreads words over the low bits.
+/// Spreads words over the low bits. Multiply-shift hashing (Dietzfelbinger et al. 1997, "A reliable randomized algorithm
+/// for the closest-pair problem"): each word times an odd number of its own, so that no product waits for another.
 #[inline]
 fn mix(words: impl IntoIterator<Item = u64>) -> usize {
-    let step = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-    words.into_iter().fold(0u64, step) as usize
+    const FIRST: u64 = 0x9e37_79b9_7f4a_7c15;
+    const STEP: u64 = 0xbf58_476d_1ce4_e5b8;
+    let term = |(place, word): (u64, u64)| word.wrapping_mul(STEP.wrapping_mul(place).wrapping_add(FIRST));
+    let sum = (0..).zip(words).map(term).fold(0, u64::wrapping_add);
+    (sum >> 48) as usize
 }
