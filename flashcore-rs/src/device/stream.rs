@@ -306,6 +306,12 @@ impl Stream {
         let capture = self.inner.capture.read().unwrap_or_else(PoisonError::into_inner);
         Hold { stream: self, capture: Guard::Shared(capture) }
     }
+
+    /// [`Stream::hold`], and keeps all others from holding it.
+    fn hold_alone(&self) -> Hold<'_> {
+        let capture = self.inner.capture.write().unwrap_or_else(PoisonError::into_inner);
+        Hold { stream: self, capture: Guard::Alone(capture) }
+    }
 }
 
 /// The legacy default stream has two names; it is 0 here.
@@ -319,14 +325,7 @@ fn one_name(handle: StreamHandle) -> StreamHandle {
 pub(super) fn hold_all<'a>(streams: &mut Few<&'a Stream>, alone: impl Fn(&Stream) -> bool) -> Few<Hold<'a>> {
     streams.sort_unstable_by_key(|stream| Arc::as_ptr(&stream.inner).addr());
     streams.dedup_by(|a, b| a.same(b));
-    let hold = |&stream: &&'a Stream| {
-        let capture = &stream.inner.capture;
-        let capture = match alone(stream) {
-            true => Guard::Alone(capture.write().unwrap_or_else(PoisonError::into_inner)),
-            false => Guard::Shared(capture.read().unwrap_or_else(PoisonError::into_inner)),
-        };
-        Hold { stream, capture }
-    };
+    let hold = |&stream: &&'a Stream| if alone(stream) { stream.hold_alone() } else { stream.hold() };
     streams.iter().map(hold).collect()
 }
 

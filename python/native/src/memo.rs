@@ -32,8 +32,6 @@ pub(crate) struct Kind {
     options: Options,
     pub(crate) results: Results,
     place: usize,
-    /// No other kind of this thread ever has it.
-    number: u64,
 }
 
 /// A tensor without its address.
@@ -114,7 +112,7 @@ impl Addresses {
 
 /// A call that was made.
 struct Launch {
-    kind: u64,
+    kind: Rc<Kind>,
     addresses: Addresses,
     /// `None` when it was made once.
     call: Option<RefCell<ReadyCall>>,
@@ -134,13 +132,11 @@ pub(crate) enum Again {
 struct Memo {
     kinds: [Option<Rc<Kind>>; KINDS],
     launches: [Option<Rc<Launch>>; LAUNCHES],
-    /// Kinds there have been.
-    count: u64,
 }
 
 thread_local! {
     static MEMO: RefCell<Memo> =
-        const { RefCell::new(Memo { kinds: [const { None }; KINDS], launches: [const { None }; LAUNCHES], count: 0 }) };
+        const { RefCell::new(Memo { kinds: [const { None }; KINDS], launches: [const { None }; LAUNCHES] }) };
 }
 
 /// What this thread knows of calls like this one.
@@ -152,10 +148,6 @@ pub(crate) fn find(call: &TorchCall<'_>) -> Option<Rc<Kind>> {
 impl Kind {
     /// A kind of its own, of which nothing is remembered yet.
     pub(crate) fn new(call: &TorchCall<'_>, results: Results) -> Rc<Self> {
-        let number = MEMO.with_borrow_mut(|memo| {
-            memo.count += 1;
-            memo.count
-        });
         Rc::new(Self {
             query: Outline::of(&call.query),
             key: Outline::of(&call.key),
@@ -166,7 +158,6 @@ impl Kind {
             options: call.options,
             results,
             place: place_of(call),
-            number,
         })
     }
 }
@@ -177,10 +168,10 @@ impl Kind {
 /// As [`crate::call::Call::run`], for memory at these addresses as large as the kind says.
 #[expect(unsafe_code, reason = "memory that the caller vouches for")]
 #[inline]
-pub(crate) unsafe fn launch(kind: &Kind, addresses: &Addresses, stream: u64) -> Result<Again> {
+pub(crate) unsafe fn launch(kind: &Rc<Kind>, addresses: &Addresses, stream: u64) -> Result<Again> {
     let made = MEMO.with_borrow(|memo| {
         let launch = memo.launches[addresses.place()].as_ref();
-        launch.filter(|launch| launch.kind == kind.number && launch.addresses == *addresses).cloned()
+        launch.filter(|launch| Rc::ptr_eq(&launch.kind, kind) && launch.addresses == *addresses).cloned()
     });
     let Some(launch) = made else { return Ok(Again::New) };
     let Some(call) = &launch.call else { return Ok(Again::Once) };
@@ -193,7 +184,7 @@ pub(crate) unsafe fn launch(kind: &Kind, addresses: &Addresses, stream: u64) -> 
 
 /// Remembers that a call was made, and how to make it again.
 pub(crate) fn keep(kind: Rc<Kind>, addresses: Addresses, call: Option<ReadyCall>) {
-    let launch = Rc::new(Launch { kind: kind.number, addresses, call: call.map(RefCell::new) });
+    let launch = Rc::new(Launch { kind: kind.clone(), addresses, call: call.map(RefCell::new) });
     let old = MEMO.with_borrow_mut(|memo| {
         let place = kind.place;
         (memo.launches[addresses.place()].replace(launch), memo.kinds[place].replace(kind))
